@@ -1,0 +1,107 @@
+"""The command `shunted-lit`: LightningCLI, and the few commands that are not training."""
+
+import itertools
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import auto_cli
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
+from shunted_lit.data.scenes import write_scenes
+from shunted_lit.report import RunReport
+from shunted_lit.tasks import BaseTask
+
+# Commands that are plain functions: their arguments and help come from signature and docstring.
+COMMANDS: dict[str, Callable[..., Any]] = {"scenes": write_scenes}
+
+EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in COMMANDS)
+
+
+def new_version(root: Path) -> int:
+    """Makes the first of root/version_0, root/version_1, ... that is not there yet, and returns its number."""
+    for number in itertools.count():
+        try:
+            (root / f"version_{number}").mkdir(parents=True)
+        except FileExistsError:  # also where another run was faster just now
+            continue
+        break
+    return number
+
+
+class ShuntedCLI(LightningCLI):
+    """fit, validate, test, predict; each run has a folder of its own, with config.yaml and metrics.csv."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "best",
+                "checkpoint.mode": "max",
+                "checkpoint.save_last": True,
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+        parser.add_lightning_class_args(RunReport, "report")
+        for name in ("num_classes", "class_names"):
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
+        trainer = config.trainer
+        if trainer.logger is not False and not trainer.fast_dev_run:
+            root = Path(trainer.default_root_dir or "runs")
+            version = new_version(root) if getattr(rank_zero_only, "rank", 0) == 0 else None
+            loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+            further = [logger for logger in loggers if isinstance(logger, Logger)]
+            kwargs["logger"] = [CSVLogger(root, name="", version=version), *further]
+        return super().instantiate_trainer(**kwargs)
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Runs a command line, sys.argv's by default; returns what the command does, a `ShuntedCLI` for Lightning's.
+
+    Raises:
+        ValueError, SystemExit: what the user should change.
+    """
+    quieten()
+    words = sys.argv[1:] if args is None else args
+    if words and words[0] in COMMANDS:
+        return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
+    return ShuntedCLI(
+        BaseTask,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},  # the folder is new, and "last" of a resumed run is not this one's
+        parser_kwargs={"epilog": EPILOG},
+        auto_configure_optimizers=False,
+        args=args,
+    )
+
+
+def quieten() -> None:
+    """Hides what Lightning 2.6 tells users that they can't change: its own deprecated calls, and an advertisement."""
+    for message in (r"LightningCLI's args parameter", r"`isinstance\(treespec, LeafSpec\)` is deprecated"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+
+def command() -> None:
+    """The console command: an error of the user's is a line on the terminal and exit code 2, not a traceback."""
+    try:
+        main()
+    except ValueError as error:
+        # A data worker's error carries its traceback; the message is what follows the last "ValueError: ".
+        print(f"shunted-lit: error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,201 @@
+"""What all detection data share: the form of a sample, augmentation, loaders, and how a bad box is reported."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningDataModule
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+log = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
+
+Target = dict[str, Any]
+Sample = tuple[Tensor, Target]
+BadBoxes = Literal["error", "drop"]
+
+
+def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
+    """Images and targets as two lists: images keep their own sizes."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+class DetectionDataModule(LightningDataModule):
+    """Base of the detection data. A subclass sets `class_names` and builds the data set of a split.
+
+    A sample is an image (3, H, W), uint8, and a target: `boxes` (n, 4) as x1 y1 x2 y2 in pixels, `labels` (n,) from 0,
+    `iscrowd` (n,), 1 for regions that evaluation ignores, `image_id`. Batches are two lists, images float32 in 0..1.
+
+    Args:
+        batch_size: images a step.
+        num_workers: processes that load and augment.
+        flip, distort, crop: chance for a training image to be mirrored, to change its colours, to be cut to a part
+            that keeps some objects.
+    """
+
+    class_names: list[str]
+
+    def __init__(
+        self, batch_size: int = 16, num_workers: int = 2, flip: float = 0.5, distort: float = 0.5, crop: float = 0.0
+    ):
+        super().__init__()
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.datasets: dict[str, Dataset[Sample]] = {}
+        to_float = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
+        self.train_transform = v2.Compose(
+            [
+                v2.RandomApply([v2.RandomPhotometricDistort(p=1.0)], distort),
+                v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], crop),
+                v2.RandomHorizontalFlip(flip),
+                v2.SanitizeBoundingBoxes(labels_getter=entries_of_boxes),
+                *to_float,
+            ]
+        )
+        self.eval_transform = v2.Compose(to_float)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
+        """The data set of "train" or "val", whose samples went through `transform`."""
+        raise TypeError(f"{type(self).__name__} does not say how to build its data set")
+
+    def setup(self, stage: str) -> None:
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            if split not in self.datasets:
+                transform = self.train_transform if split == "train" else self.eval_transform
+                self.datasets[split] = self.build_dataset(split, transform)
+
+    def _loader(self, split: str) -> DataLoader[Sample]:
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=collate,
+        )
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Sample]:
+        return self._loader("val")
+
+    def predict_dataloader(self) -> DataLoader[Sample]:
+        return self._loader("val")
+
+
+def entries_of_boxes(sample: Any) -> list[Tensor]:
+    """What loses an entry with each box that augmentation removes, besides masks."""
+    return [sample[1]["labels"], sample[1]["iscrowd"]]
+
+
+@dataclass
+class Record:
+    """An image on disk and its objects, as the readers of label formats give it."""
+
+    path: Path
+    image_id: int
+    boxes: list[tuple[float, float, float, float]] = field(default_factory=list)  # x1 y1 x2 y2
+    labels: list[int] = field(default_factory=list)
+    crowd: list[bool] = field(default_factory=list)  # regions that evaluation ignores; none where empty
+
+
+class BoxCheck:
+    """Judges boxes as a reader meets them: a bad one is an error, or left out and counted.
+
+    Args:
+        bad_boxes: "error", or "drop" to leave bad boxes out and say how many at the end.
+    """
+
+    def __init__(self, bad_boxes: BadBoxes):
+        self.bad_boxes = bad_boxes
+        self.dropped = 0
+
+    def accepts(self, box: Sequence[float], width: float, height: float, slack: float, where: str) -> bool:
+        """Whether x1 y1 x2 y2 has an area and lies within `width` and `height`, give or take `slack` of rounding.
+
+        Raises:
+            ValueError: if not, unless bad boxes are to be dropped; says `where`.
+        """
+        x1, y1, x2, y2 = box
+        if not (x2 > x1 and y2 > y1):
+            fault = "has no area"
+        elif x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
+            fault = f"is not within the image of {width:g} x {height:g}"
+        else:
+            return True
+        if self.bad_boxes == "error":
+            corners = " ".join(f"{value:g}" for value in box)
+            raise ValueError(f"{where}: the box {corners} (x1 y1 x2 y2) {fault}; mend it, or set bad_boxes to drop")
+        self.dropped += 1
+        return False
+
+    def report(self, source: Path) -> None:
+        if self.dropped:
+            log.warning("%s: left out %d boxes of no area or outside their image", source, self.dropped)
+
+
+class FolderDataset(Dataset[Sample]):
+    """Images on disk, read when asked for.
+
+    Args:
+        records: an entry an image; boxes in pixels, or in fractions of the image where `relative`.
+        relative: see there.
+        transform: applied to (image, target).
+        source: what to name where there is nothing.
+
+    Raises:
+        ValueError: no record at all; on access, an image that is missing or can't be read.
+    """
+
+    def __init__(self, records: list[Record], relative: bool, transform: Callable[..., Sample], source: Path):
+        if not records:
+            raise ValueError(f"{source}: no images; image files end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        self.records, self.relative, self.transform = records, relative, transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Sample:
+        record = self.records[index]
+        image = read_image(record.path)
+        height, width = image.shape[-2:]
+        boxes = torch.tensor(record.boxes, dtype=torch.float64).reshape(-1, 4)
+        if self.relative:
+            boxes *= torch.tensor([width, height, width, height])
+        boxes[:, 0::2].clamp_(0, width)
+        boxes[:, 1::2].clamp_(0, height)
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(height, width)),
+            "labels": torch.tensor(record.labels, dtype=torch.int64),
+            "iscrowd": torch.tensor(record.crowd or [False] * len(record.labels), dtype=torch.int64),
+            "image_id": record.image_id,
+        }
+        return self.transform(image, target)
+
+
+def read_image(path: Path) -> tv_tensors.Image:
+    """(3, H, W), uint8. Raises ValueError naming the file where it is missing or can't be read."""
+    try:
+        with Image.open(path) as image:
+            return tv_tensors.Image(image.convert("RGB"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable image ({error})") from error

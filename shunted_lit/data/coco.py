@@ -1,0 +1,150 @@
+"""Data in COCO's format: an annotation JSON and a folder of images for each split."""
+
+import json
+import math
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from shunted_lit.data.base import BadBoxes, BoxCheck, DetectionDataModule, FolderDataset, Record, Sample, log
+
+SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
+
+
+class CocoDataModule(DetectionDataModule):
+    """Reads COCO's published layout as it is, and any other by naming its files.
+
+    Category ids are mapped to 0, 1, ... in the order of the ids. Crowd regions are not trained on and count neither as
+    hit nor as miss in evaluation. Images without annotations are background; how many there are is logged.
+
+    Args:
+        root: folder that the other paths start from.
+        train_images, train_annotations, val_images, val_annotations: folder and JSON of each split.
+        batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
+        bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many (COCO's
+            own train2017 has a few).
+
+    Raises:
+        ValueError: naming the file and the id, where an annotation names no image or category, a box is not as it
+            should be, an image is missing, ids repeat, or there is no image.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train_images: str = "train2017",
+        train_annotations: str = "annotations/instances_train2017.json",
+        val_images: str = "val2017",
+        val_annotations: str = "annotations/instances_val2017.json",
+        batch_size: int = 16,
+        num_workers: int = 2,
+        flip: float = 0.5,
+        distort: float = 0.5,
+        crop: float = 0.5,
+        bad_boxes: BadBoxes = "error",
+    ):
+        super().__init__(batch_size, num_workers, flip, distort, crop)
+        self.save_hyperparameters()
+        self.bad_boxes = bad_boxes
+        base = Path(root)
+        self.images = {"train": base / train_images, "val": base / val_images}
+        self.annotations = {"train": base / train_annotations, "val": base / val_annotations}
+
+    @cached_property
+    def categories(self) -> dict[int, str]:
+        """Names by id, in the order of the ids; from the validation set, which is the smaller file."""
+        file = self.annotations["val"]
+        return read_categories(file, read_json(file))
+
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        return list(self.categories.values())
+
+    def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
+        file = self.annotations[split]
+        content = read_json(file)
+        if (categories := read_categories(file, content)) != self.categories:
+            raise ValueError(
+                f"{file} has other categories than {self.annotations['val']}: {categories} against {self.categories}"
+            )
+        check = BoxCheck(self.bad_boxes)
+        records = read_records(file, content, self.images[split], list(categories), check, crowds=split == "val")
+        check.report(file)
+        return FolderDataset(records, relative=False, transform=transform, source=file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The content of an annotation file, which must have images, annotations and categories."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such annotation file") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not a readable JSON file ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{file}: has no list {key!r}; images, annotations and categories are needed")
+    return content
+
+
+def by_id(file: Path, kind: str, entries: list[Any], *needed: str) -> dict[int, dict[str, Any]]:
+    """Entries by their id; ValueError where an id repeats or an entry lacks what is needed."""
+    found: dict[int, dict[str, Any]] = {}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or any(key not in entry for key in ("id", *needed)):
+            raise ValueError(f"{file}: {kind}[{i}] needs {', '.join(('id', *needed))}, but is {str(entry)[:80]}")
+        if not isinstance(entry["id"], int):
+            raise ValueError(f"{file}: {kind}[{i}] has the id {entry['id']!r}; a whole number is needed")
+        if entry["id"] in found:
+            raise ValueError(f"{file}: {kind} holds the id {entry['id']} twice")
+        found[entry["id"]] = entry
+    return found
+
+
+def read_categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
+    categories = by_id(file, "categories", content["categories"], "name")
+    if not categories:
+        raise ValueError(f"{file}: categories is empty; at least one is needed")
+    return {number: str(categories[number]["name"]) for number in sorted(categories)}
+
+
+def read_records(
+    file: Path, content: dict[str, Any], folder: Path, category_ids: list[int], check: BoxCheck, crowds: bool
+) -> list[Record]:
+    """An entry an image of the file, in the order of the ids; crowd regions only where `crowds`."""
+    images = by_id(file, "images", content["images"], "file_name", "width", "height")
+    label = {category: i for i, category in enumerate(category_ids)}
+    records = {number: Record(folder / images[number]["file_name"], number) for number in sorted(images)}
+    present = {path.relative_to(folder) for path in folder.rglob("*")} if folder.is_dir() else set()
+    for record in records.values():
+        if record.path.relative_to(folder) not in present:
+            raise ValueError(f"{file}: image {record.image_id} is missing: there is no {record.path}")
+    for number, entry in by_id(file, "annotations", content["annotations"], "image_id", "category_id", "bbox").items():
+        where = f"{file}: annotation {number}"
+        if entry["image_id"] not in records:
+            raise ValueError(f"{where} names image {entry['image_id']}, which is not among the {len(records)} images")
+        if entry["category_id"] not in label:
+            raise ValueError(f"{where} names category {entry['category_id']}, but categories has {category_ids}")
+        box = entry["bbox"]
+        if not (isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)):
+            raise ValueError(f"{where}: bbox is {box}, but four finite numbers x y width height are needed")
+        if entry.get("iscrowd") and not crowds:
+            continue
+        x, y, w, h = box
+        corners = (x, y, x + w, y + h)
+        image = images[entry["image_id"]]
+        if check.accepts(corners, image["width"], image["height"], SLACK, where):
+            record = records[entry["image_id"]]
+            record.boxes.append(corners)
+            record.labels.append(label[entry["category_id"]])
+            record.crowd.append(bool(entry.get("iscrowd")))
+    if background := sum(not record.labels for record in records.values()):
+        log.info("%s: %d of %d images have no object", file, background, len(records))
+    return list(records.values())
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,173 @@
+"""Data in YOLO's format: an existing data.yaml works unchanged."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch.utils.data import Dataset
+
+from shunted_lit.data.base import (
+    IMAGE_SUFFIXES,
+    BadBoxes,
+    BoxCheck,
+    DetectionDataModule,
+    FolderDataset,
+    Record,
+    Sample,
+    log,
+)
+
+SLACK = 1e-3  # of the image: what six decimals and a resize round
+
+
+class YoloDataModule(DetectionDataModule):
+    """Reads `data.yaml`: `path` (from the file's own folder), `train` and `val` (a folder, a .txt list of images, or
+    several), `names` (list or mapping).
+
+    Labels stand in `labels/` beside `images/`, or next to the image where no folder is named images: a line an object,
+    `class cx cy w h` in fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose box is taken. An
+    image without a label file, or with an empty one, is background; how many there are is logged.
+
+    Args:
+        data: path of data.yaml.
+        batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
+        bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many.
+
+    Raises:
+        ValueError: naming the file and line, where data.yaml or a label file is not as above, a class is not among
+            the names, an image that a list or a label file tells of is missing, or there is no image.
+    """
+
+    def __init__(
+        self,
+        data: str,
+        batch_size: int = 16,
+        num_workers: int = 2,
+        flip: float = 0.5,
+        distort: float = 0.5,
+        crop: float = 0.5,
+        bad_boxes: BadBoxes = "error",
+    ):
+        super().__init__(batch_size, num_workers, flip, distort, crop)
+        self.save_hyperparameters()
+        self.file, self.bad_boxes = Path(data), bad_boxes
+        self.content = read_data_yaml(self.file)
+        self.class_names = self.content["names"]
+
+    def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
+        check = BoxCheck(self.bad_boxes)
+        images = list_images(self.file, self.content, split)
+        labelled = [label_path(image) for image in images]
+        records = [
+            Record(image, i, *read_labels(label, self.class_names, check))
+            for i, (image, label) in enumerate(zip(images, labelled, strict=True))
+        ]
+        check.report(self.file)
+        forbid_orphans(labelled)
+        if background := sum(not record.labels for record in records):
+            log.info("%s: %d of %d %s images have no object", self.file, background, len(records), split)
+        return FolderDataset(records, relative=True, transform=transform, source=self.file.parent / str(split))
+
+
+def read_data_yaml(file: Path) -> dict[str, Any]:
+    """The content of data.yaml, `names` made a list."""
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{file}: no such file; name the data.yaml of your data set") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{file}: not a readable YAML file ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: has no entries; train, val and names are needed")
+    if missing := [key for key in ("train", "val", "names") if not content.get(key)]:
+        raise ValueError(f"{file}: {', '.join(missing)} missing; train, val and names are needed")
+    names = content["names"]
+    if isinstance(names, dict):
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(f"{file}: names has the keys {sorted(names)}, but 0 to {len(names) - 1} are needed")
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list):
+        raise ValueError(f"{file}: names is {names!r}; a list, or a mapping from 0, 1, ... is needed")
+    if content.get("nc", len(names)) != len(names):
+        raise ValueError(f"{file}: nc is {content['nc']}, but names has {len(names)} entries")
+    return {**content, "names": [str(name) for name in names]}
+
+
+def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
+    """Images of "train" or "val", sorted within each folder or list."""
+    root = file.parent / (content.get("path") or ".")
+    sources = content[split] if isinstance(content[split], list) else [content[split]]
+    images: list[Path] = []
+    for source in (root / str(entry) for entry in sources):
+        if source.is_dir():
+            images += sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        elif source.is_file() and source.suffix == ".txt":
+            for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+                if line.strip():
+                    image = source.parent / line.strip()
+                    if not image.is_file():
+                        raise ValueError(f"{source}, line {number}: there is no image {image}")
+                    images.append(image)
+        else:
+            raise ValueError(f"{file}: {split} names {source}, which is neither a folder nor a .txt list of images")
+    if not images:
+        raise ValueError(f"{file}: {split} holds no images; they end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+    return images
+
+
+def label_path(image: Path) -> Path:
+    """Where the labels of an image stand: the last folder called images becomes labels."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def forbid_orphans(labelled: list[Path]) -> None:
+    """A label file whose image is missing is an error: its objects would be lost in silence."""
+    known = set(labelled)
+    for folder in sorted({label.parent for label in labelled if label.parent.is_dir()}):
+        for file in sorted(folder.glob("*.txt")):
+            if file not in known and file.name != "classes.txt" and "labels" in file.parts:
+                raise ValueError(f"{file}: no image belongs to these labels; add the image or remove the file")
+
+
+def read_labels(
+    file: Path, names: list[str], check: BoxCheck
+) -> tuple[list[tuple[float, float, float, float]], list[int]]:
+    """Boxes (x1 y1 x2 y2, in fractions of the image) and classes of a label file; none where there is no file."""
+    boxes, labels = [], []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a readable text file ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{file}, line {number}"
+        try:
+            values = [float(word) for word in line.split()]
+        except ValueError:
+            raise ValueError(f"{where}: {line.strip()!r} is not all numbers; class cx cy w h is needed") from None
+        if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+            raise ValueError(
+                f"{where}: {len(values)} numbers; class cx cy w h (5) or class x1 y1 x2 y2 x3 y3 ... (7, 9, ...) needed"
+            )
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"{where}: {line.strip()!r} holds a number that is not finite")
+        label, *rest = values
+        if label != int(label) or not 0 <= label < len(names):
+            raise ValueError(f"{where}: class {label:g}, but names has the classes 0 to {len(names) - 1}")
+        if len(rest) == 4:
+            cx, cy, w, h = rest
+            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+        else:
+            box = (min(rest[0::2]), min(rest[1::2]), max(rest[0::2]), max(rest[1::2]))
+        if check.accepts(box, 1, 1, SLACK, where):
+            boxes.append(box)
+            labels.append(int(label))
+    return boxes, labels

@@ -1,0 +1,78 @@
+"""What a run leaves behind for its owner: pictures and a table, made when training ends."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from shunted_lit.pictures import draw_curves, draw_predictions, read_metrics
+from shunted_lit.tasks import BaseTask
+
+
+class RunReport(Callback):
+    """At the end of `fit`: predictions.png (by the best checkpoint), curves.png, and a table in the terminal.
+
+    Args:
+        images: validation images in predictions.png.
+    """
+
+    def __init__(self, images: int = 9):
+        self.images = images
+        self.began = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.began = time.monotonic()
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run or trainer.interrupted or not trainer.log_dir:  # type: ignore[attr-defined]
+            return
+        folder = Path(trainer.log_dir)
+        metrics = folder / "metrics.csv"
+        if metrics.is_file():
+            draw_curves(folder / "curves.png", metrics)
+        if isinstance(pl_module, BaseTask):
+            self._draw_predictions(folder / "predictions.png", trainer, pl_module)
+        self._print_table(folder, metrics, trainer)
+
+    def _draw_predictions(self, path: Path, trainer: Trainer, task: BaseTask) -> None:
+        if not trainer.val_dataloaders:
+            return
+        dataset = trainer.val_dataloaders.dataset
+        images, truths = zip(*(dataset[i] for i in range(min(self.images, len(dataset)))), strict=True)
+        last = {name: value.clone() for name, value in task.state_dict().items()}
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        if best:
+            task.load_state_dict(torch.load(best, map_location=task.device, weights_only=True)["state_dict"])
+        was_training = task.training
+        task.eval()
+        with torch.no_grad():
+            predictions = [
+                {key: value.cpu() for key, value in result.items()}
+                for image in images
+                for result in task([image.to(task.device)])
+            ]
+        task.train(was_training)
+        task.load_state_dict(last)
+        draw_predictions(path, images, truths, predictions, task.class_names)
+
+    def _print_table(self, folder: Path, metrics: Path, trainer: Trainer) -> None:
+        series = read_metrics(metrics) if metrics.is_file() else {}
+        table = Table("", "best", "last", title=f"{folder}, {time.monotonic() - self.began:.0f} s")
+        for name, (_, values) in sorted(series.items()):
+            if name.startswith("val/"):
+                table.add_row(name, f"{max(values):.4f}", f"{values[-1]:.4f}")
+            elif name == "train/loss":
+                table.add_row(name, f"{min(values):.4f}", f"{values[-1]:.4f}")
+        console = Console()
+        console.print(table)
+        checkpoint: Any = trainer.checkpoint_callback
+        for label, path in (("best checkpoint", getattr(checkpoint, "best_model_path", "")),
+                            ("last checkpoint", getattr(checkpoint, "last_model_path", ""))):  # fmt: skip
+            if path:
+                console.print(f"{label}: {path}", soft_wrap=True)

@@ -1,0 +1,677 @@
+"""Shunted Transformer: the whole architecture, from one head group to the four-stage backbone.
+
+Paper: Ren, Zhou, He, Feng, Wang, "Shunted Self-Attention via Multi-Scale Token Aggregation", CVPR 2022,
+https://arxiv.org/abs/2111.15193. Section numbers below are the paper's.
+
+Read from top to bottom: token aggregation and attention of one head group -> shunted self-attention ->
+detail-specific feed-forward -> block -> patch embedding -> stage -> the neck -> the backbone and its variants.
+
+Tokens stay (B, H, W, C), contiguous, from the patch embedding to the last norm. That is the memory layout of a
+channels_last (B, C, H, W) image, so convolutions run on a view and nothing is copied to change layout.
+
+Where this departs from the authors' code (same weights, same results wherever theirs runs without losing tokens):
+maps that a ratio does not divide are padded with zeros at the right and bottom, where theirs drops the last rows and
+columns; any tuple of ratios works, where theirs knows three pairs; attention matrices are never held in memory.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+__all__ = ["DetailSpecificFeedForward", "ShuntedBackbone", "ShuntedSelfAttention", "ShuntedTransformer"]
+
+# The authors' `sr_ratio`, one number a stage, stands for these ratios r_i, one a head group, coarse heads first.
+SR_RATIOS = {8: (8, 4), 4: (4, 2), 2: (2, 1), 1: (1,)}
+
+
+def granularities(sr_ratio: int | Sequence[int]) -> tuple[int, ...]:
+    """Ratios r_i of the head groups: a tuple of them as it is, or the pair that the authors' `sr_ratio` stands for.
+
+    Raises:
+        ValueError: an `sr_ratio` that the authors' code does not know, no ratio at all, or a ratio below 1.
+    """
+    if isinstance(sr_ratio, int):
+        if sr_ratio not in SR_RATIOS:
+            raise ValueError(
+                f"sr_ratio is {sr_ratio}, but the source knows {sorted(SR_RATIOS)} only; "
+                f"name the ratio of each head group instead, such as ({sr_ratio}, 1)"
+            )
+        return SR_RATIOS[sr_ratio]
+    ratios = tuple(sr_ratio)
+    if not ratios or any(not isinstance(r, int) or r < 1 for r in ratios):
+        raise ValueError(f"ratios are {ratios}, but need one whole number of 1 or more a head group, such as (2, 1)")
+    return ratios
+
+
+def to_image(x: Tensor) -> Tensor:
+    """Tokens (B, H, W, C) seen as an image (B, C, H, W): a view."""
+    return x.permute(0, 3, 1, 2)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """An image (B, C, H, W) seen as tokens (B, H, W, C): a view."""
+    return x.permute(0, 2, 3, 1)
+
+
+def pad_to_multiple(x: Tensor, r: int) -> Tensor:
+    """Zeros at the right and bottom of an image (B, C, H, W), so that `r` divides H and W and no token is lost."""
+    H, W = x.shape[2], x.shape[3]
+    # -H % r says the same, but breaks torch.export with dynamic sizes.
+    return F.pad(x, [0, (W + r - 1) // r * r - W, 0, (H + r - 1) // r * r - H]) if r > 1 else x
+
+
+def check_channels(x: Tensor, channels: int) -> Tensor:
+    """Raises ValueError where `x` is not an image (B, `channels`, H, W) with H and W of 1 or more."""
+    if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
+        raise ValueError(f"input has the shape {list(x.shape)}, but (B, {channels}, H, W) is needed, H and W >= 1")
+    return x
+
+
+torch.fx.wrap("check_channels")  # a call in a traced graph, not a branch that tracing can't follow
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, H, W, heads * d) -> (B, heads, H * W, d): a view."""
+    return x.flatten(1, 2).unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
+
+
+class PlainHeads(nn.Module):
+    """Heads that attend to every token as it is: all heads of a stage with r = 1 (stage 4 of the paper's Table 1).
+
+    As in the authors' code, local enhancement is here added to what attention returns, not to the values: released
+    weights depend on it. There is no aggregation, so no norm and no GELU either.
+    """
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, qkv_bias: bool, scale: float, attn_drop: float, **dd):
+        super().__init__()
+        self.num_heads, self.scale, self.attn_drop = num_heads, scale, attn_drop
+        width = num_heads * head_dim
+        self.kv = nn.Linear(dim, 2 * width, bias=qkv_bias, **dd)
+        self.local_conv = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
+
+    def enhance(self, v: Tensor) -> Tensor:
+        """LE of Eq. 2: depthwise 3x3 convolution of the values, (B, h, w, C) -> the same."""
+        return to_tokens(self.local_conv(to_image(v)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Eq. 3: queries (B, H, W, C) on keys and values (B, h, w, C) -> (B, H, W, C)."""
+        out = F.scaled_dot_product_attention(
+            split_heads(q, self.num_heads),
+            split_heads(k, self.num_heads),
+            split_heads(v, self.num_heads),
+            dropout_p=self.attn_drop if self.training else 0.0,
+            scale=self.scale,
+        )
+        return out.transpose(1, 2).reshape(q.shape)
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        """Queries (B, H, W, heads * d) and tokens (B, H, W, C) -> (B, H, W, heads * d)."""
+        k, v = self.kv(x).chunk(2, dim=-1)
+        return self.attend(q, k, v) + self.enhance(v)
+
+
+class ShuntedHeads(PlainHeads):
+    """Heads of one granularity (Sec. 3.1.1): r x r tokens are merged into one before keys and values (MTA, Eq. 2)."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, ratio: int, qkv_bias: bool, scale: float,
+                 attn_drop: float, **dd):  # fmt: skip
+        super().__init__(dim, num_heads, head_dim, qkv_bias, scale, attn_drop, **dd)
+        self.ratio = ratio
+        self.sr = nn.Conv2d(dim, dim, ratio, ratio, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def aggregate(self, x: Tensor) -> Tensor:
+        """MTA(.; r): (B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C)."""
+        x = self.sr(pad_to_multiple(to_image(x), self.ratio))
+        return F.gelu(self.norm(to_tokens(x)))
+
+    def forward(self, q: Tensor, x: Tensor) -> Tensor:
+        """Queries (B, H, W, heads * d) and tokens (B, H, W, C) -> (B, H, W, heads * d)."""
+        k, v = self.kv(self.aggregate(x)).chunk(2, dim=-1)
+        return self.attend(q, k, v + self.enhance(v))
+
+
+class ShuntedSelfAttention(nn.Module):
+    """Shunted self-attention (Sec. 3.1.1): heads in equal groups, each seeing the tokens at its own granularity.
+
+    Args:
+        dim: channels C.
+        num_heads: heads in all; must divide `dim`, and be divided by the number of ratios.
+        ratios: r_i of each head group, coarse or fine in any order; (1,) alone is plain attention (`PlainHeads`).
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: factor on the products of queries and keys; head_dim ** -0.5 by default.
+        attn_drop, proj_drop: dropout on attention weights and after the output projection.
+        dd: `device` and `dtype` of the parameters.
+
+    Raises:
+        ValueError: `dim`, `num_heads` and `ratios` that do not divide, a ratio below 1.
+    """
+
+    def __init__(self, dim: int, num_heads: int, ratios: Sequence[int] = (2, 1), qkv_bias: bool = True,
+                 qk_scale: float | None = None, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd):  # fmt: skip
+        super().__init__()
+        ratios = granularities(ratios)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"{dim} channels do not split into {num_heads} heads; choose heads that divide {dim}")
+        if num_heads % len(ratios):
+            raise ValueError(
+                f"{num_heads} heads do not split into {len(ratios)} equal groups, one a ratio of {ratios}; "
+                f"choose heads that {len(ratios)} divides, or another number of ratios"
+            )
+        head_dim, heads = dim // num_heads, num_heads // len(ratios)
+        scale = qk_scale or head_dim**-0.5
+        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        if ratios == (1,):
+            groups: list[nn.Module] = [PlainHeads(dim, heads, head_dim, qkv_bias, scale, attn_drop, **dd)]
+        else:
+            groups = [ShuntedHeads(dim, heads, head_dim, r, qkv_bias, scale, attn_drop, **dd) for r in ratios]
+        self.groups = nn.ModuleList(groups)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        q = self.q(x).chunk(len(self.groups), dim=-1)
+        out = torch.cat([group(q[i], x) for i, group in enumerate(self.groups)], dim=-1)
+        return self.proj_drop(self.proj(out))
+
+
+class DetailSpecificFeedForward(nn.Module):
+    """Feed-forward that sees its neighbours (Sec. 3.1.2): fc2(GELU(h + depthwise3x3(h))) with h = fc1(x)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = self.fc1(x)
+        x = to_tokens(self.dwconv(to_image(x))).add_(x)  # in place: these maps are the widest, and new memory is slow
+        x = F.gelu(x)
+        return self.drop(self.fc2(self.drop(x)))
+
+
+class Block(nn.Module):
+    """Transformer block (Sec. 3.1): x + SSA(LN(x)), then x + FFN(LN(x)), each with stochastic depth."""
+
+    def __init__(self, dim: int, norm_layer: Callable[..., nn.Module], num_heads: int, ratios: Sequence[int],
+                 mlp_ratio: float, qkv_bias: bool, qk_scale: float | None, drop: float, attn_drop: float,
+                 drop_path: float, **dd):  # fmt: skip
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = ShuntedSelfAttention(dim, num_heads, ratios, qkv_bias, qk_scale, attn_drop, drop, **dd)
+        self.norm2 = norm_layer(dim)
+        self.mlp = DetailSpecificFeedForward(dim, int(dim * mlp_ratio), drop, **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) -> (B, H, W, C)."""
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding of the neck (stride 1) and of stages 2 to 4 (stride 2): 3x3 convolution, norm."""
+
+    def __init__(self, cin: int, dim: int, stride: int, **dd):
+        super().__init__()
+        self.proj = nn.Conv2d(cin, dim, 3, stride, padding=1, **dd)
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, cin, H, W) -> (B, ceil(H / stride), ceil(W / stride), dim)."""
+        return self.norm(to_tokens(self.proj(x)))
+
+
+class StemProjection(nn.Conv2d):
+    """The stem's last step: 2x2 patches that do not overlap, H and W padded to even sizes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, ceil(H / 2), ceil(W / 2))."""
+        return self._conv_forward(pad_to_multiple(x, 2), self.weight, self.bias)
+
+
+class Stem(nn.Module):
+    """Patch embedding of stage 1 (Sec. 3.2): 7x7 stride 2, `num_conv` more of 3x3 (by model size), 2x2 stride 2."""
+
+    def __init__(self, in_chans: int, dim: int, num_conv: int, **dd):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for i in range(1 + num_conv):
+            kernel, stride, cin = (7, 2, in_chans) if i == 0 else (3, 1, dim)
+            layers += [
+                nn.Conv2d(cin, dim, kernel, stride, kernel // 2, bias=False, **dd),
+                nn.BatchNorm2d(dim, **dd),
+                nn.ReLU(inplace=True),
+            ]
+        self.conv = nn.Sequential(*layers, StemProjection(dim, dim, 2, 2, **dd))
+        self.norm = nn.LayerNorm(dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), dim)."""
+        return self.norm(to_tokens(self.conv(x)))
+
+
+class Stage(nn.Module):
+    """Patch embedding, a block for each rate of `drop_path`, norm: (B, cin, H, W) -> (B, dim, h, w)."""
+
+    def __init__(self, cin: int, patch_embed: nn.Module, dim: int, drop_path: Sequence[float],
+                 norm_layer: Callable[..., nn.Module], **block: Any):  # fmt: skip
+        super().__init__()
+        self.cin = cin
+        self.grad_checkpointing = False
+        self.patch_embed = patch_embed
+        self.block = nn.ModuleList(Block(dim, norm_layer, drop_path=rate, **block) for rate in drop_path)
+        self.norm = norm_layer(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(check_channels(x, self.cin).contiguous(memory_format=torch.channels_last))
+        for block in self.block:
+            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+        return to_image(self.norm(x))
+
+
+def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
+    """Keywords for the layers' constructors: only what was given, as not every `norm_layer` knows them."""
+    return {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth a block, rising from 0 to `rate`."""
+    return torch.linspace(0, rate, depth, device="cpu").tolist()
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initial weights of the authors' code: truncated normal (Linear), normal by fan-out (Conv2d), norms at 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+        return
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
+        nn.init.zeros_(bias)
+
+
+def from_source_names(weights: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the names of the authors' checkpoints, or of this package, under those of this package.
+
+    Checkpoints may hold the weights flat or under "model"; names may start with "module.".
+    """
+    weights = weights["model"] if isinstance(weights.get("model"), Mapping) else weights
+
+    def rename(name: str) -> str:
+        name = name.removeprefix("module.")
+        name = re.sub(r"^(patch_embed|block|norm)(\d+)\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}.", name)
+        name = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
+        name = re.sub(
+            r"\battn\.(sr|norm|kv|local_conv)(\d*)\.",
+            lambda m: f"attn.groups.{int(m[2] or 1) - 1}.{m[1]}.",
+            name,
+        )
+        return name.replace(".dwconv.dwconv.", ".dwconv.")
+
+    return {rename(name): value for name, value in weights.items()}
+
+
+def load_source_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`, so that the source's checkpoints load as they are, wherever the module sits."""
+    mine = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict.update({prefix + name: value for name, value in from_source_names(mine).items()})
+
+
+class ShuntedTransformer(Stage):
+    """The neck: one stage that keeps channels and size, for the feature path of a detector.
+
+    Weights of the source load by `load_state_dict` as they are. The output is channels_last in memory.
+
+    Args:
+        cin: channels in and out.
+        depth: number of blocks.
+        img_size: not used; the source has it.
+        num_heads: heads in all; must divide `cin`, and be divided by the number of ratios.
+        mlp_ratios: width of the feed-forward layer over `cin`.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: factor on the products of queries and keys; head_dim ** -0.5 by default.
+        drop_rate: dropout after each projection.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth, rising from 0 at the first block to this rate at the last.
+        norm_layer: called with the channels; norms of blocks and output.
+        sr_ratios: the source's shorthand for the ratios: 8 is (8, 4), 4 is (4, 2), 2 is (2, 1), 1 plain attention.
+            A tuple is taken as `ratios`.
+        ratios: r_i of each head group, any number of them; instead of `sr_ratios`.
+
+    Shape:
+        (B, cin, H, W) -> (B, cin, H, W), any floating dtype, H and W from 1 up. Where a ratio does not divide H or W,
+        the keys' and values' map is padded with zeros at the right and bottom; sizes that it divides equal the source.
+
+    Raises:
+        ValueError: numbers that do not divide, a ratio below 1; in `forward`, an input of another shape.
+    """
+
+    def __init__(
+        self,
+        cin: int = 512,
+        depth: int = 3,
+        img_size: int = 40,
+        num_heads: int = 2,
+        mlp_ratios: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+        sr_ratios: int | Sequence[int] = 2,
+        *,
+        ratios: Sequence[int] | None = None,
+        device=None,
+        dtype=None,
+    ):
+        dd = factory_keywords(device, dtype)
+        super().__init__(
+            cin,
+            PatchEmbed(cin, cin, stride=1, **dd),
+            cin,
+            drop_path_rates(drop_path_rate, depth),
+            partial(norm_layer, **dd),
+            num_heads=num_heads,
+            ratios=granularities(sr_ratios if ratios is None else ratios),
+            mlp_ratio=mlp_ratios,
+            qkv_bias=qkv_bias,
+            qk_scale=qk_scale,
+            drop=drop_rate,
+            attn_drop=attn_drop_rate,
+            **dd,
+        )
+        self.register_load_state_dict_pre_hook(load_source_names)
+        self.apply(init_weights)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike, level: int | None = None, **keywords: Any) -> "ShuntedTransformer":
+        """The trained neck out of a checkpoint of `shunted-lit fit`, or of the source, as a plain module in eval mode.
+
+        Args:
+            path: a file that `torch.load` reads with `weights_only=True`.
+            level: which neck, where the checkpoint has several; the number it has in `neck_levels`.
+            keywords: those of the constructor, over what the checkpoint says. One of the source says nothing:
+                name all that differ from the defaults there; `cin` and `depth` are read from the weights.
+
+        Raises:
+            ValueError: no neck in the file, or several and no `level`.
+        """
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        weights = from_source_names(content.get("state_dict", content))
+        first = "patch_embed.proj.weight"
+        found = {m[2]: m[1] for name in weights if (m := re.match(rf"(|.*\bnecks\.(\d+)\.){first}$", name))}
+        if not found:
+            raise ValueError(f"{path} holds no neck: none of its {len(weights)} tensors is named [...]{first}")
+        key = None if level is None else str(level)
+        if key is None and len(found) == 1:
+            (key,) = found
+        if key not in found:
+            raise ValueError(
+                f"{path} holds necks on the levels {sorted(found)}, and level is {level}; name one of them"
+            )
+        weights = {name.removeprefix(found[key]): v for name, v in weights.items() if name.startswith(found[key])}
+        depth = 1 + max(int(m[1]) for name in weights if (m := re.match(r"block\.(\d+)\.", name)))
+        keywords = {**(content.get("hyper_parameters", {}).get("neck") or {}), **keywords}
+        neck = cls(**{"cin": len(weights[first]), "depth": depth, **keywords})
+        neck.load_state_dict(weights)
+        return neck.eval()
+
+    def freeze_patch_embed(self) -> None:
+        """Stops training the patch embedding."""
+        self.patch_embed.requires_grad_(False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+
+LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # of the backbones' blocks and stages
+
+
+class ShuntedBackbone(nn.Module):
+    """The four-stage Shunted Transformer (Sec. 3.3, Table 1), with timm's model interface.
+
+    Weights of the authors' repository load by `load_state_dict` as they are.
+
+    Args:
+        in_chans: channels of the images.
+        num_classes: classes of the head; 0 for none.
+        global_pool: "avg", "max" or "avgmax"; "" for none, which needs `num_classes` 0.
+        dims, depths, num_heads, mlp_ratios, ratios: one entry a stage; `ratios` holds a tuple (or the authors'
+            `sr_ratio`) for each.
+        num_conv: 3x3 convolutions in the stem.
+        qkv_bias: whether queries, keys and values have a bias.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout after each projection.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth, rising from 0 at the first block to this rate at the last of all stages.
+        norm_layer: norms of blocks and stages.
+
+    Shape:
+        (B, in_chans, H, W) -> (B, num_classes), H and W from 1 up. Stage i has ceil(H / 2 ** (i + 1)) rows.
+
+    Raises:
+        ValueError: entries a stage of unequal number, numbers that do not divide, an unknown pooling; in `forward`,
+            an input of another shape.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (1, 2, 4, 1),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        ratios: Sequence[int | Sequence[int]] = ((8, 4), (4, 2), (2, 1), (1,)),
+        num_conv: int = 0,
+        qkv_bias: bool = True,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        counts = [len(entries) for entries in (dims, depths, num_heads, mlp_ratios, ratios)]
+        if len(set(counts)) > 1:
+            raise ValueError(
+                f"dims, depths, num_heads, mlp_ratios, ratios have {counts} entries; give each one a stage"
+            )
+        dd = factory_keywords(device, dtype)
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.feature_info = []
+        drop_path = iter(drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        for i, dim in enumerate(dims):
+            cin = dims[i - 1] if i else in_chans
+            stages.append(
+                Stage(
+                    cin,
+                    PatchEmbed(cin, dim, stride=2, **dd) if i else Stem(cin, dim, num_conv, **dd),
+                    dim,
+                    [next(drop_path) for _ in range(depths[i])],
+                    partial(norm_layer, **dd),
+                    num_heads=num_heads[i],
+                    ratios=granularities(ratios[i]),
+                    mlp_ratio=mlp_ratios[i],
+                    qkv_bias=qkv_bias,
+                    qk_scale=None,
+                    drop=proj_drop_rate,
+                    attn_drop=attn_drop_rate,
+                    **dd,
+                )
+            )
+            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = dims[-1]
+        self._check_pool(global_pool, num_classes)
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
+        self.register_load_state_dict_pre_hook(load_source_names)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draws all weights anew, as the authors' code does; also after `to_empty` on the meta device."""
+        self.apply(init_weights)
+
+    @staticmethod
+    def _check_pool(global_pool: str, num_classes: int) -> None:
+        if global_pool not in ("avg", "max", "avgmax", ""):
+            raise ValueError(f"global_pool is {global_pool!r}; choose 'avg', 'max', 'avgmax' or ''")
+        if not global_pool and num_classes:
+            raise ValueError(f"global_pool '' leaves no vector for a head of {num_classes} classes; set num_classes=0")
+
+    def freeze_patch_embed(self) -> None:
+        """Stops training the stem; its BatchNorms still follow the data in train mode."""
+        self.stages[0].patch_embed.requires_grad_(False)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups, for layer decay: a group a block, or a group a stage if `coarse`."""
+        blocks = [
+            (r"^stages\.(\d+)\.patch_embed", (0,)),  # with the first block of its stage
+            (r"^stages\.(\d+)\.block\.(\d+)", None),
+            (r"^stages\.(\d+)\.norm", (99999,)),  # with the last block of its stage
+        ]
+        return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)" if coarse else blocks}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes blocks in the backward pass: less memory, more time."""
+        for stage in self.stages.children():
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new, untrained head; the pooling stays as it is where `global_pool` is None."""
+        self._check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Maps of the stages that `indices` asks for (timm's meaning), each (B, dim, h, w) and normed, as in the paper.
+
+        Returns the list of maps, after the last map where not `intermediates_only`. `norm` changes nothing.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt is {output_fmt!r}; maps come as 'NCHW' only")
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        intermediates = []
+        for i, stage in enumerate(self.stages):
+            if not stop_early or i <= max_index:
+                x = stage(x)
+                if i in take_indices:
+                    intermediates.append(x)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drops the stages after the last of `indices`, and the head that is useless then, or that is not wanted."""
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index + 1 < len(self.stages)
+        self.stages = self.stages[: max_index + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[max_index]["num_chs"]
+        if pruned or prune_head:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> (B, dims[-1], ceil(H / 32), ceil(W / 32)), normed, not pooled."""
+        return self.stages(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """(B, dims[-1], h, w) -> (B, num_classes), or (B, dims[-1]) where `pre_logits`."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        name: {
+            "input_size": (3, 224, 224),
+            "pool_size": (7, 7),
+            "fixed_input_size": False,
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.485, 0.456, 0.406),
+            "std": (0.229, 0.224, 0.225),
+            "num_classes": 1000,
+            "first_conv": "stages.0.patch_embed.conv.0",
+            "classifier": "head.fc",
+            "license": "apache-2.0",
+        }
+        for name in ("shunted_t.untrained", "shunted_s.untrained", "shunted_b.untrained")
+    }
+)
+
+
+def create(variant: str, pretrained: bool, **keywords: Any) -> ShuntedBackbone:
+    return build_model_with_cfg(
+        ShuntedBackbone,
+        variant,
+        pretrained,
+        pretrained_filter_fn=lambda weights, _: from_source_names(weights),
+        feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
+        **keywords,
+    )
+
+
+@register_model
+def shunted_t(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
+    """Shunted-T: 11.6 M parameters, 2.1 G MACs at 224 x 224."""
+    return create("shunted_t", pretrained, **{"depths": (1, 2, 4, 1), "num_conv": 0, **keywords})
+
+
+@register_model
+def shunted_s(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
+    """Shunted-S: 22.4 M parameters, 4.9 G MACs at 224 x 224."""
+    return create("shunted_s", pretrained, **{"depths": (2, 4, 12, 1), "num_conv": 1, **keywords})
+
+
+@register_model
+def shunted_b(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
+    """Shunted-B: 39.6 M parameters, 8.1 G MACs at 224 x 224."""
+    return create("shunted_b", pretrained, **{"depths": (3, 4, 24, 2), "num_conv": 2, **keywords})

@@ -1,0 +1,6 @@
+"""Training tasks, a LightningModule each."""
+
+from shunted_lit.tasks.base import BaseTask
+from shunted_lit.tasks.detection import DetectionTask
+
+__all__ = ["BaseTask", "DetectionTask"]

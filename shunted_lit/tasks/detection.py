@@ -1,0 +1,116 @@
+"""Object detection: a torchvision detector on any timm backbone, with or without the neck."""
+
+from typing import Any
+
+from torch import Tensor
+from torchmetrics.detection import MeanAveragePrecision
+
+from shunted_lit.detectors import build_detector
+from shunted_lit.features import FeaturePath
+from shunted_lit.tasks.base import BaseTask
+
+Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+class DetectionTask(BaseTask):
+    """Trains and evaluates a detector; batches are those of `shunted_lit.data`.
+
+    Logs `train/loss` and each part of it, and `val/map`, `val/map_50`, `val/map_small`, `val/map_medium`,
+    `val/map_large` (COCO's average precision; small is under 32 x 32 pixels, large from 96 x 96; -1 where the
+    validation set has no such object). `test` logs the same under `test/`.
+
+    Args:
+        num_classes: number of classes; from the data, in `shunted-lit`.
+        class_names: a name for each class; from the data, in `shunted-lit`.
+        detector: "fcos" or "retinanet".
+        backbone: name of a timm model, shunted_t, shunted_s and shunted_b among them.
+        pretrained: start the backbone from timm's published weights.
+        neck: keywords of `ShuntedTransformer`, {} for its defaults, null for no neck.
+        neck_levels: levels that get a neck; level l has stride 2 ** l.
+        levels: levels of the backbone that the pyramid is built from.
+        extra_levels: coarser pyramid levels on top: 0, 1 or 2.
+        pyramid_channels: channels of the pyramid.
+        min_size: short side that images are scaled to; of several, training draws one an image.
+        max_size: bound on the long side.
+        freeze_backbone: train neck, pyramid and head alone.
+        backbone_options: further keywords for `timm.create_model`.
+        detector_options: further keywords for torchvision's detector, such as `score_thresh`.
+        lr: peak learning rate.
+        weight_decay: AdamW's, on weights other than norms and biases.
+        warmup_epochs: epochs, or a fraction of one, over which the rate rises to `lr`.
+        min_lr: the rate at the end.
+    """
+
+    monitor = "val/map"
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        detector: str = "fcos",
+        backbone: str = "resnet18",
+        pretrained: bool = False,
+        neck: dict[str, Any] | None = None,
+        neck_levels: list[int] = [5],  # noqa: B006 - read only; a list, as YAML and checkpoints hold it
+        levels: list[int] = [3, 4, 5],  # noqa: B006
+        extra_levels: int = 2,
+        pyramid_channels: int = 256,
+        min_size: int | list[int] = 800,
+        max_size: int = 1333,
+        freeze_backbone: bool = False,
+        backbone_options: dict[str, Any] | None = None,
+        detector_options: dict[str, Any] | None = None,
+        lr: float = 1e-4,
+        weight_decay: float = 0.05,
+        warmup_epochs: float = 0.5,
+        min_lr: float = 1e-6,
+    ):
+        super().__init__(num_classes, class_names, lr, weight_decay, warmup_epochs, min_lr)
+        self.save_hyperparameters()
+        features = FeaturePath(backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options)
+        self.detector = build_detector(
+            detector,
+            features,
+            num_classes,
+            pyramid_channels,
+            extra_levels,
+            min_size,
+            max_size,
+            **(detector_options or {}),
+        )
+        self.mean_ap = MeanAveragePrecision(backend="faster_coco_eval")
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Images [(3, H_i, W_i)] in 0..1 -> [{"boxes": (n, 4) x1 y1 x2 y2 in pixels, "labels", "scores": (n,)}]."""
+        return self.detector(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, targets = batch
+        losses = self.detector(images, targets)
+        loss = sum(losses.values())
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(images))
+        self.log_dict({f"train/{name}": part for name, part in losses.items()}, batch_size=len(images))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, targets = batch
+        self.mean_ap.update(self(images), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_mean_ap("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_mean_ap("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
+        return self(batch[0])
+
+    def _log_mean_ap(self, stage: str) -> None:
+        scores = self.mean_ap.compute()
+        self.mean_ap.reset()
+        names = ("map", "map_50", "map_small", "map_medium", "map_large")
+        self.log_dict({f"{stage}/{name}": scores[name].float() for name in names[2:]})
+        self.log_dict({f"{stage}/{name}": scores[name].float() for name in names[:2]}, prog_bar=True)
