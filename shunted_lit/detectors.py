@@ -46,15 +46,17 @@ class Pyramid(nn.Module):
         return self.fpn(self.body(x))
 
 
-def fcos(pyramid: Pyramid, num_classes: int, **keywords: Any) -> FCOS:
-    """FCOS (Tian et al., ICCV 2019): no anchors, so one square of the stride's size a place stands in for them."""
-    sizes = tuple((stride,) for stride in pyramid.strides)
-    return FCOS(pyramid, num_classes, anchor_generator=AnchorGenerator(sizes, ((1.0,),) * len(sizes)), **keywords)
+def fcos(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> FCOS:
+    """FCOS (Tian et al., ICCV 2019): one square a place, of the stride's size, tells which objects are a level's."""
+    sizes = tuple((anchor_scale * stride,) for stride in pyramid.strides)
+    anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
+    keywords = {"center_sampling_radius": 1.5 / anchor_scale, **keywords}  # 1.5 strides, whatever the anchors
+    return FCOS(pyramid, num_classes, anchor_generator=anchors, **keywords)
 
 
-def retinanet(pyramid: Pyramid, num_classes: int, **keywords: Any) -> RetinaNet:
+def retinanet(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> RetinaNet:
     """RetinaNet (Lin et al., ICCV 2017): nine anchors a place, from 4 strides up."""
-    sizes = tuple(tuple(round(4 * stride * 2 ** (i / 3)) for i in range(3)) for stride in pyramid.strides)
+    sizes = tuple(tuple(4 * anchor_scale * stride * 2 ** (i / 3) for i in range(3)) for stride in pyramid.strides)
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **keywords)
 
@@ -68,6 +70,7 @@ def build_detector(
     num_classes: int,
     pyramid_channels: int = 256,
     extra_levels: int = 2,
+    anchor_scale: float = 1.0,
     min_size: int | Sequence[int] = 800,
     max_size: int = 1333,
     **keywords: Any,
@@ -79,6 +82,8 @@ def build_detector(
         features: the feature path.
         num_classes: number of classes; labels run from 0.
         pyramid_channels, extra_levels: as in `Pyramid`.
+        anchor_scale: size of the anchors over the published one, which suits images of 800 pixels and more; objects
+            of a level shrink with it.
         min_size, max_size: images are scaled so that the short side is `min_size`, but the long one no more than
             `max_size`; of several `min_size`, training draws one an image.
         keywords: of torchvision's class, such as `score_thresh` or `detections_per_img`.
@@ -94,5 +99,7 @@ def build_detector(
         raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, but at least 1 is needed")
+    if anchor_scale <= 0:
+        raise ValueError(f"anchor_scale is {anchor_scale}, but more than 0 is needed")
     pyramid = Pyramid(features, pyramid_channels, extra_levels)
-    return DETECTORS[name](pyramid, num_classes, min_size=min_size, max_size=max_size, **keywords)
+    return DETECTORS[name](pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -267,8 +268,8 @@ class Stem(nn.Module):
 class Stage(nn.Module):
     """Patch embedding, a block for each rate of `drop_path`, norm: (B, cin, H, W) -> (B, dim, h, w)."""
 
-    def __init__(self, cin: int, patch_embed: nn.Module, dim: int, drop_path: Sequence[float],
-                 norm_layer: Callable[..., nn.Module], **block: Any):  # fmt: skip
+    def __init__(self, cin: int, patch_embed: nn.Module, dim: int, norm_layer: Callable[..., nn.Module],
+                 drop_path: Sequence[float], **block: Any):  # fmt: skip
         super().__init__()
         self.cin = cin
         self.grad_checkpointing = False
@@ -363,41 +364,19 @@ class ShuntedTransformer(Stage):
         ValueError: numbers that do not divide, a ratio below 1; in `forward`, an input of another shape.
     """
 
-    def __init__(
-        self,
-        cin: int = 512,
-        depth: int = 3,
-        img_size: int = 40,
-        num_heads: int = 2,
-        mlp_ratios: float = 4.0,
-        qkv_bias: bool = True,
-        qk_scale: float | None = None,
-        drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-        sr_ratios: int | Sequence[int] = 2,
-        *,
-        ratios: Sequence[int] | None = None,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, cin: int = 512, depth: int = 3, img_size: int = 40, num_heads: int = 2, mlp_ratios: float = 4.0,
+                 qkv_bias: bool = True, qk_scale: float | None = None, drop_rate: float = 0.0,
+                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 norm_layer: Callable[..., nn.Module] = nn.LayerNorm, sr_ratios: int | Sequence[int] = 2, *,
+                 ratios: Sequence[int] | None = None, device=None, dtype=None):  # fmt: skip
         dd = factory_keywords(device, dtype)
-        super().__init__(
-            cin,
-            PatchEmbed(cin, cin, stride=1, **dd),
-            cin,
-            drop_path_rates(drop_path_rate, depth),
-            partial(norm_layer, **dd),
-            num_heads=num_heads,
-            ratios=granularities(sr_ratios if ratios is None else ratios),
-            mlp_ratio=mlp_ratios,
-            qkv_bias=qkv_bias,
-            qk_scale=qk_scale,
-            drop=drop_rate,
-            attn_drop=attn_drop_rate,
-            **dd,
+        ratios = granularities(sr_ratios if ratios is None else ratios)
+        block: dict[str, Any] = dict(
+            num_heads=num_heads, ratios=ratios, mlp_ratio=mlp_ratios, qkv_bias=qkv_bias, qk_scale=qk_scale
         )
+        block.update(drop=drop_rate, attn_drop=attn_drop_rate)
+        rates, embed = drop_path_rates(drop_path_rate, depth), PatchEmbed(cin, cin, stride=1, **dd)
+        super().__init__(cin, embed, cin, partial(norm_layer, **dd), rates, **block, **dd)
         self.register_load_state_dict_pre_hook(load_source_names)
         self.apply(init_weights)
 
@@ -474,26 +453,13 @@ class ShuntedBackbone(nn.Module):
             an input of another shape.
     """
 
-    def __init__(
-        self,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
-        dims: Sequence[int] = (64, 128, 256, 512),
-        depths: Sequence[int] = (1, 2, 4, 1),
-        num_heads: Sequence[int] = (2, 4, 8, 16),
-        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
-        ratios: Sequence[int | Sequence[int]] = ((8, 4), (4, 2), (2, 1), (1,)),
-        num_conv: int = 0,
-        qkv_bias: bool = True,
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        norm_layer: Callable[..., nn.Module] = LAYER_NORM,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg",
+                 dims: Sequence[int] = (64, 128, 256, 512), depths: Sequence[int] = (1, 2, 4, 1),
+                 num_heads: Sequence[int] = (2, 4, 8, 16), mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+                 ratios: Sequence[int | Sequence[int]] = ((8, 4), (4, 2), (2, 1), (1,)), num_conv: int = 0,
+                 qkv_bias: bool = True, drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
+                 attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 norm_layer: Callable[..., nn.Module] = LAYER_NORM, device=None, dtype=None):  # fmt: skip
         super().__init__()
         counts = [len(entries) for entries in (dims, depths, num_heads, mlp_ratios, ratios)]
         if len(set(counts)) > 1:
@@ -507,23 +473,13 @@ class ShuntedBackbone(nn.Module):
         stages = []
         for i, dim in enumerate(dims):
             cin = dims[i - 1] if i else in_chans
-            stages.append(
-                Stage(
-                    cin,
-                    PatchEmbed(cin, dim, stride=2, **dd) if i else Stem(cin, dim, num_conv, **dd),
-                    dim,
-                    [next(drop_path) for _ in range(depths[i])],
-                    partial(norm_layer, **dd),
-                    num_heads=num_heads[i],
-                    ratios=granularities(ratios[i]),
-                    mlp_ratio=mlp_ratios[i],
-                    qkv_bias=qkv_bias,
-                    qk_scale=None,
-                    drop=proj_drop_rate,
-                    attn_drop=attn_drop_rate,
-                    **dd,
-                )
+            embed = PatchEmbed(cin, dim, stride=2, **dd) if i else Stem(cin, dim, num_conv, **dd)
+            block: dict[str, Any] = dict(
+                num_heads=num_heads[i], ratios=granularities(ratios[i]), mlp_ratio=mlp_ratios[i]
             )
+            block.update(qkv_bias=qkv_bias, qk_scale=None, drop=proj_drop_rate, attn_drop=attn_drop_rate)
+            rates = [next(drop_path) for _ in range(depths[i])]
+            stages.append(Stage(cin, embed, dim, partial(norm_layer, **dd), rates, **block, **dd))
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
@@ -630,22 +586,14 @@ class ShuntedBackbone(nn.Module):
 
 default_cfgs = generate_default_cfgs(
     {
-        name: {
-            "input_size": (3, 224, 224),
-            "pool_size": (7, 7),
-            "fixed_input_size": False,
-            "crop_pct": 0.875,
-            "interpolation": "bicubic",
-            "mean": (0.485, 0.456, 0.406),
-            "std": (0.229, 0.224, 0.225),
-            "num_classes": 1000,
-            "first_conv": "stages.0.patch_embed.conv.0",
-            "classifier": "head.fc",
-            "license": "apache-2.0",
+        f"{name}.untrained": {
+            "input_size": (3, 224, 224), "pool_size": (7, 7), "fixed_input_size": False, "num_classes": 1000,
+            "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+            "first_conv": "stages.0.patch_embed.conv.0", "classifier": "head.fc", "license": "apache-2.0",
         }
-        for name in ("shunted_t.untrained", "shunted_s.untrained", "shunted_b.untrained")
+        for name in ("shunted_t", "shunted_s", "shunted_b")
     }
-)
+)  # fmt: skip
 
 
 def create(variant: str, pretrained: bool, **keywords: Any) -> ShuntedBackbone:

@@ -30,6 +30,7 @@ class DetectionTask(BaseTask):
         levels: levels of the backbone that the pyramid is built from.
         extra_levels: coarser pyramid levels on top: 0, 1 or 2.
         pyramid_channels: channels of the pyramid.
+        anchor_scale: size of the anchors over the published one; less than 1 for small images or objects.
         min_size: short side that images are scaled to; of several, training draws one an image.
         max_size: bound on the long side.
         freeze_backbone: train neck, pyramid and head alone.
@@ -55,6 +56,7 @@ class DetectionTask(BaseTask):
         levels: list[int] = [3, 4, 5],  # noqa: B006
         extra_levels: int = 2,
         pyramid_channels: int = 256,
+        anchor_scale: float = 1.0,
         min_size: int | list[int] = 800,
         max_size: int = 1333,
         freeze_backbone: bool = False,
@@ -74,6 +76,7 @@ class DetectionTask(BaseTask):
             num_classes,
             pyramid_channels,
             extra_levels,
+            anchor_scale,
             min_size,
             max_size,
             **(detector_options or {}),
