@@ -92,7 +92,11 @@ def main(args: list[str] | None = None) -> Any:
 
 def quieten() -> None:
     """Hides what Lightning 2.6 tells users that they can't change: its own deprecated calls, and an advertisement."""
-    for message in (r"LightningCLI's args parameter", r"`isinstance\(treespec, LeafSpec\)` is deprecated"):
+    for message in (
+        r"LightningCLI's args parameter",
+        r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"The dirpath has changed",  # a resumed run has a folder of its own, on purpose
+    ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
 

@@ -66,7 +66,10 @@ class RunReport(Callback):
         table = Table("", "best", "last", title=f"{folder}, {time.monotonic() - self.began:.0f} s")
         for name, (_, values) in sorted(series.items()):
             if name.startswith("val/"):
-                table.add_row(name, f"{max(values):.4f}", f"{values[-1]:.4f}")
+                best, last = (
+                    f"{value:.4f}" if value != -1 else "no such object" for value in (max(values), values[-1])
+                )
+                table.add_row(name, best, last)
             elif name == "train/loss":
                 table.add_row(name, f"{min(values):.4f}", f"{values[-1]:.4f}")
         console = Console()

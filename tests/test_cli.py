@@ -30,7 +30,14 @@ TINY = [
     "--trainer.accelerator=cpu",
     "--data.num_workers=0",
 ]
-QUICK = [*TINY, "--data.train_size=32", "--data.val_size=16", "--data.size=64", "--model.min_size=64"]
+QUICK = [
+    *TINY,
+    "--data.train_size=32",
+    "--data.val_size=16",
+    "--data.size=64",
+    "--model.min_size=64",
+    "--data.batch_size=16",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -280,10 +280,27 @@ def test_unreadable_data_yaml_is_told(tmp_path, text):
         YoloDataModule(str(tmp_path / "none.yaml"))
 
 
+def test_splits_may_share_a_folder(folder):
+    for split, numbers in (("train", range(4)), ("val", range(4, 6))):
+        (folder / f"{split}.txt").write_text("".join(f"images/train/{number:06d}.png\n" for number in numbers))
+    content = {**yaml.safe_load((folder / "data.yaml").read_text()), "train": "train.txt", "val": "val.txt"}
+    (folder / "data.yaml").write_text(yaml.safe_dump(content))
+    module = yolo(folder)
+    assert (len(module.datasets["train"]), len(module.datasets["val"])) == (4, 2)
+
+
+def test_path_may_be_from_where_one_works(folder, monkeypatch):
+    content = {**yaml.safe_load((folder / "data.yaml").read_text()), "path": "set"}
+    (folder / "elsewhere").mkdir()
+    (folder / "elsewhere/data.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.chdir(folder.parent)
+    assert len(yolo(folder / "elsewhere").datasets["train"]) == 6
+
+
 @pytest.mark.parametrize("reader", [yolo, coco])
 def test_a_missing_image_is_told(folder, reader):
     (folder / "images/train/000003.png").unlink()
-    with pytest.raises(ValueError, match=r"000003\.(txt: no image belongs|png)"):
+    with pytest.raises(ValueError, match=r"000003\.(txt: no image in|png)"):
         reader(folder)
 
 

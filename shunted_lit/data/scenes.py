@@ -65,7 +65,7 @@ def write_scenes(
             lines = []
             for (x1, y1, x2, y2), label in zip(boxes_of(masks), labels, strict=True):
                 fractions = ((x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size)
-                lines.append(f"{label} " + " ".join(f"{value:.9g}" for value in fractions) + "\n")
+                lines.append(f"{label} " + " ".join(f"{value:.12g}" for value in fractions) + "\n")
                 annotations.append(
                     {
                         "id": len(annotations) + 1,

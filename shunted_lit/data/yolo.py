@@ -23,8 +23,8 @@ SLACK = 1e-3  # of the image: what six decimals and a resize round
 
 
 class YoloDataModule(DetectionDataModule):
-    """Reads `data.yaml`: `path` (from the file's own folder), `train` and `val` (a folder, a .txt list of images, or
-    several), `names` (list or mapping).
+    """Reads `data.yaml`: `path` (from the file's own folder, else from where one works), `train` and `val` (a folder, a
+    .txt list of images, or several), `names` (list or mapping).
 
     Labels stand in `labels/` beside `images/`, or next to the image where no folder is named images: a line an object,
     `class cx cy w h` in fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose box is taken. An
@@ -65,7 +65,7 @@ class YoloDataModule(DetectionDataModule):
             for i, (image, label) in enumerate(zip(images, labelled, strict=True))
         ]
         check.report(self.file)
-        forbid_orphans(labelled)
+        forbid_orphans(images, labelled)
         if background := sum(not record.labels for record in records):
             log.info("%s: %d of %d %s images have no object", self.file, background, len(records), split)
         return FolderDataset(records, relative=True, transform=transform, source=self.file.parent / str(split))
@@ -97,7 +97,9 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
 
 def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     """Images of "train" or "val", sorted within each folder or list."""
-    root = file.parent / (content.get("path") or ".")
+    root = file.parent / str(content.get("path") or ".")
+    if not root.is_dir() and (here := Path(str(content["path"]))).is_dir():
+        root = here  # as Ultralytics reads it: from where one works
     sources = content[split] if isinstance(content[split], list) else [content[split]]
     images: list[Path] = []
     for source in (root / str(entry) for entry in sources):
@@ -127,13 +129,16 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def forbid_orphans(labelled: list[Path]) -> None:
+def forbid_orphans(images: list[Path], labelled: list[Path]) -> None:
     """A label file whose image is missing is an error: its objects would be lost in silence."""
-    known = set(labelled)
-    for folder in sorted({label.parent for label in labelled if label.parent.is_dir()}):
-        for file in sorted(folder.glob("*.txt")):
-            if file not in known and file.name != "classes.txt" and "labels" in file.parts:
-                raise ValueError(f"{file}: no image belongs to these labels; add the image or remove the file")
+    folders = {label.parent: image.parent for image, label in zip(images, labelled, strict=True)}
+    for labels, pictures in sorted(folders.items()):
+        if labels == pictures or not labels.is_dir():
+            continue  # beside the images, other text files may stand too
+        stems = {path.stem for path in pictures.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
+        for file in sorted(labels.glob("*.txt")):
+            if file.stem not in stems and file.name != "classes.txt":
+                raise ValueError(f"{file}: no image in {pictures} belongs to these labels; add it, or remove the file")
 
 
 def read_labels(
