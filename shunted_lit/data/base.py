@@ -179,6 +179,7 @@ class FolderDataset(Dataset[Sample]):
         boxes = torch.tensor(record.boxes, dtype=torch.float64).reshape(-1, 4)
         if self.relative:
             boxes *= torch.tensor([width, height, width, height])
+        boxes = boxes.round(decimals=4)  # of a pixel: fractions and pixels then give the same boxes
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         target = {
