@@ -10,26 +10,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from torch import Tensor
+from torchvision.ops import nms
 
 MIN_SCORE = 0.3  # of the predicted boxes that are drawn
+MAX_OVERLAP = 0.5  # of two that overlap by more, whatever their classes, the better one is drawn
 
 
 def class_colour(label: int) -> str:
     return f"C{label % 10}"  # of matplotlib's ten
 
 
+def shown(prediction: dict[str, Any]) -> dict[str, Any]:
+    """What of a prediction is drawn: `boxes`, `labels` and `scores` from MIN_SCORE, the best one of a place."""
+    keep = nms(prediction["boxes"], prediction["scores"], MAX_OVERLAP)
+    keep = keep[prediction["scores"][keep] >= MIN_SCORE]
+    return {key: prediction[key][keep] for key in ("boxes", "labels", "scores")}
+
+
 def draw_boxes(axes: Axes, image: Tensor, target: dict[str, Any]) -> None:
-    """An image (3, H, W) in 0..1 with `boxes` (n, 4) x1 y1 x2 y2 and `labels`; with `scores`, those from MIN_SCORE."""
+    """An image (3, H, W) in 0..1 with `boxes` (n, 4) x1 y1 x2 y2, coloured by `labels`, and `scores`, if any."""
     axes.imshow(image.permute(1, 2, 0).clamp(0, 1).cpu().float().numpy())
     axes.set_axis_off()
-    scores = target.get("scores")
     for i, (box, label) in enumerate(zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)):
-        if scores is not None and scores[i] < MIN_SCORE:
-            continue
         x1, y1, x2, y2 = box
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.2, edgecolor=class_colour(label)))
-        if scores is not None:
-            axes.text(x1, y1 - 1, f"{scores[i]:.2f}", fontsize=5, color=class_colour(label))
+        if "scores" in target:
+            axes.text(x1, y1 - 1, f"{target['scores'][i]:.2f}", fontsize=5, color=class_colour(label))
 
 
 def draw_predictions(
@@ -40,6 +46,7 @@ def draw_predictions(
     class_names: Sequence[str],
 ) -> None:
     """Writes pairs of an image with its true boxes and the same with the predicted ones, and a legend."""
+    predictions = [shown(prediction) for prediction in predictions]
     pairs_a_row = 3
     rows = math.ceil(len(images) / pairs_a_row)
     figure = Figure(figsize=(pairs_a_row * 4.2, rows * 2.25 + 0.5), layout="constrained", dpi=120)
