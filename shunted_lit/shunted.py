@@ -434,7 +434,7 @@ class ShuntedBackbone(nn.Module):
     Args:
         in_chans: channels of the images.
         num_classes: classes of the head; 0 for none.
-        global_pool: "avg", "max" or "avgmax"; "" for none, which needs `num_classes` 0.
+        global_pool: "avg", "max" or "avgmax"; "" for none, and the head then judges each place, (B, classes, h, w).
         dims, depths, num_heads, mlp_ratios, ratios: one entry a stage; `ratios` holds a tuple (or the authors'
             `sr_ratio`) for each.
         num_conv: 3x3 convolutions in the stem.
@@ -483,7 +483,7 @@ class ShuntedBackbone(nn.Module):
             self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
-        self._check_pool(global_pool, num_classes)
+        self._check_pool(global_pool)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.register_load_state_dict_pre_hook(load_source_names)
         self.init_weights()
@@ -493,11 +493,9 @@ class ShuntedBackbone(nn.Module):
         self.apply(init_weights)
 
     @staticmethod
-    def _check_pool(global_pool: str, num_classes: int) -> None:
+    def _check_pool(global_pool: str) -> None:
         if global_pool not in ("avg", "max", "avgmax", ""):
             raise ValueError(f"global_pool is {global_pool!r}; choose 'avg', 'max', 'avgmax' or ''")
-        if not global_pool and num_classes:
-            raise ValueError(f"global_pool '' leaves no vector for a head of {num_classes} classes; set num_classes=0")
 
     def freeze_patch_embed(self) -> None:
         """Stops training the stem; its BatchNorms still follow the data in train mode."""
@@ -530,9 +528,10 @@ class ShuntedBackbone(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new, untrained head; the pooling stays as it is where `global_pool` is None."""
-        self._check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool, num_classes)
+        self._check_pool(self.head.global_pool.pool_type if global_pool is None else global_pool)
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool)
+        example = next(self.parameters())
+        self.head.reset(num_classes, global_pool, device=example.device, dtype=example.dtype)
 
     def forward_intermediates(
         self,
@@ -577,8 +576,10 @@ class ShuntedBackbone(nn.Module):
         return self.stages(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """(B, dims[-1], h, w) -> (B, num_classes), or (B, dims[-1]) where `pre_logits`."""
-        return self.head(x, pre_logits=pre_logits)
+        """(B, dims[-1], h, w) -> (B, num_classes), or (B, dims[-1]) where `pre_logits`; unpooled where not pooled."""
+        if pre_logits or self.head.global_pool.pool_type:
+            return self.head(x, pre_logits=pre_logits)
+        return to_image(self.head.fc(to_tokens(self.head.drop(x))))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

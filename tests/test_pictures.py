@@ -23,7 +23,7 @@ def test_the_best_box_of_a_place_is_shown():
 
 @pytest.mark.parametrize("count", [1, 2, 9])
 def test_predictions_are_drawn_for_any_number_of_images(tmp_path, count):
-    images = [torch.rand(3, 100, 60 + 20 * i) for i in range(count)]
+    images = [torch.full((3, 100, 60 + 20 * i), 0.5) for i in range(count)]
     names = ["a", "b", "c"]
     draw_predictions(tmp_path / "empty.png", images, [NOTHING] * count, [NOTHING] * count, names)
     draw_predictions(tmp_path / "full.png", images, [NOTHING] * count, [PREDICTION] * count, names)
