@@ -2,10 +2,12 @@
 
 import itertools
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from jsonargparse import auto_cli
@@ -13,12 +15,15 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.report import RunReport
 from shunted_lit.tasks import BaseTask
+
+log = logging.getLogger(__name__)
 
 # Commands that are plain functions: their arguments and help come from signature and docstring.
 COMMANDS: dict[str, Callable[..., Any]] = {"scenes": write_scenes}
@@ -38,7 +43,12 @@ def new_version(root: Path) -> int:
 
 
 class ShuntedCLI(LightningCLI):
-    """fit, validate, test, predict; each run has a folder of its own, with config.yaml and metrics.csv."""
+    """fit, validate and test; each run has a folder of its own, with config.yaml and metrics.csv."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        commands = LightningCLI.subcommands()
+        return {name: commands[name] for name in ("fit", "validate", "test")}  # predict would write nothing
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -53,6 +63,17 @@ class ShuntedCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning lets the hyperparameters in a checkpoint win over config and command line; here it says so."""
+        config = self.config[self.config.subcommand]
+        if config.ckpt_path is None and self.config.subcommand != "fit":
+            raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
+        asked = dict(config.model.init_args)
+        super()._parse_ckpt_path()
+        for name, value in self.config[self.config.subcommand].model.init_args.items():
+            if name in asked and asked[name] != value:
+                log.warning("model.%s is %s, as in the checkpoint, not %s", name, value, asked[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
@@ -105,7 +126,13 @@ def command() -> None:
     """The console command: an error of the user's is a line on the terminal and exit code 2, not a traceback."""
     try:
         main()
-    except ValueError as error:
-        # A data worker's error carries its traceback; the message is what follows the last "ValueError: ".
-        print(f"shunted-lit: error: {str(error).rpartition('ValueError: ')[2].strip()}", file=sys.stderr)
+    except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
+        print(f"shunted-lit: error: {essence(str(error))}", file=sys.stderr)
         sys.exit(2)
+
+
+def essence(message: str) -> str:
+    """The message for the user in what a data worker's traceback, or jsonargparse's list of types tried, wraps it."""
+    message = message.rpartition("ValueError: ")[2].strip()
+    tried = re.findall(r"^  - (?!Expected a )(.+?)(?=^  - |^Given value)", message, re.MULTILINE | re.DOTALL)
+    return tried[0].strip() if tried else message

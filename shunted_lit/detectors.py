@@ -1,5 +1,6 @@
 """Detectors: the feature path, a feature pyramid, and a head of torchvision."""
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -99,6 +100,9 @@ def build_detector(
         raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, but at least 1 is needed")
+    known = inspect.signature({"fcos": FCOS, "retinanet": RetinaNet}[name]).parameters
+    if unknown := sorted(set(keywords) - set(known)):
+        raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if anchor_scale <= 0:
         raise ValueError(f"anchor_scale is {anchor_scale}, but more than 0 is needed")
     pyramid = Pyramid(features, pyramid_channels, extra_levels)

@@ -49,6 +49,10 @@ class FeaturePath(nn.Module):
         super().__init__()
         options = dict(backbone_options or {})
         self.levels = tuple(sorted(levels))
+        if not levels or len(set(levels)) != len(levels):
+            raise ValueError(f"levels are {list(levels)}; name at least one, and none twice")
+        if neck is not None and not neck_levels:
+            raise ValueError("there is a neck, but neck_levels is empty; name a level, or set neck to null")
         indices = self._feature_indices(backbone, options, self.levels)
         backbone_model: Any = timm.create_model(
             backbone, pretrained=pretrained, features_only=True, out_indices=indices, **options

@@ -41,7 +41,7 @@ class RunReport(Callback):
         self._print_table(folder, metrics, trainer)
 
     def _draw_predictions(self, path: Path, trainer: Trainer, task: BaseTask) -> None:
-        if not trainer.val_dataloaders:
+        if not trainer.val_dataloaders or self.images < 1:
             return
         dataset = trainer.val_dataloaders.dataset
         images, truths = zip(*(dataset[i] for i in range(min(self.images, len(dataset)))), strict=True)

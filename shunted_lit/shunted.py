@@ -161,7 +161,9 @@ class ShuntedSelfAttention(nn.Module):
                  qk_scale: float | None = None, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd):  # fmt: skip
         super().__init__()
         ratios = granularities(ratios)
-        if num_heads < 1 or dim % num_heads:
+        if not 0 <= attn_drop <= 1:
+            raise ValueError(f"dropout on attention is {attn_drop}, but 0 to 1 is needed")
+        if dim < 1 or num_heads < 1 or dim % num_heads:
             raise ValueError(f"{dim} channels do not split into {num_heads} heads; choose heads that divide {dim}")
         if num_heads % len(ratios):
             raise ValueError(
@@ -291,6 +293,8 @@ def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth a block, rising from 0 to `rate`."""
+    if depth < 1 or not 0 <= rate <= 1:
+        raise ValueError(f"depth is {depth} and drop_path_rate {rate}; at least 1, and 0 to 1, are needed")
     return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 

@@ -187,6 +187,38 @@ def test_endless_training_is_told():
         fit(*QUICK, "--trainer.max_epochs=-1")
 
 
+def test_a_resumed_run_follows_its_own_longer_schedule():
+    steps = [*QUICK, "--data.batch_size=8", "--model.warmup_epochs=0"]
+    _, first = fit(*steps, "--trainer.max_epochs=1")
+    resumed, _ = fit(
+        *steps, "--trainer.max_epochs=2", f"--ckpt_path={first}/checkpoints/last.ckpt", "--trainer.max_steps=6"
+    )
+    rate = resumed.trainer.optimizers[0].param_groups[0]["lr"]
+    assert rate == pytest.approx(1e-6), "6 of 6 steps: the end of the longer schedule"
+
+
+def test_settings_that_a_checkpoint_overrides_are_told(caplog):
+    _, first = fit(*QUICK, "--trainer.max_epochs=1")
+    resumed, _ = fit(*QUICK, "--trainer.max_epochs=2", "--model.lr=0.5", f"--ckpt_path={first}/checkpoints/last.ckpt")
+    assert resumed.model.lr == 0.002
+    assert "model.lr is 0.002, as in the checkpoint, not 0.5" in caplog.text
+
+
+def test_mixed_precision_with_clipping():
+    cli, _ = fit(*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed")
+    assert cli.trainer.gradient_clip_val == 5
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_evaluation_needs_a_checkpoint(subcommand):
+    _, first = fit(*QUICK, "--trainer.max_epochs=1")
+    with pytest.raises(ValueError, match="needs trained weights: name a checkpoint"):
+        main([subcommand, *QUICK])
+    cli = main([subcommand, *QUICK, f"--ckpt_path={first}/checkpoints/best.ckpt"])
+    stage = {"validate": "val", "test": "test"}[subcommand]
+    assert metrics(Path(cli.trainer.log_dir), f"{stage}/map") == pytest.approx(metrics(first, "val/map")[-1:], abs=1e-6)
+
+
 # --- people's own folders
 
 
@@ -251,9 +283,29 @@ def test_users_see_a_line_and_no_traceback(folder, tmp_path, workers):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["--model.neck={dept: 1}"], "shunted-lit: error: the neck has no keyword dept; it has"),
+        (["--ckpt_path=none.ckpt"], "none.ckpt"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(args, message):
+    done = run("fit", *QUICK, *args)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Union" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
         (["--model.neck.num_heads=3"], "512 channels do not split into 3 heads"),
         (["--model.backbone=resnet19"], "timm has no model 'resnet19'"),
         (["--model.levels=[3,9]"], "no level 9"),
+        (["--model.neck_levels=[]"], "neck_levels is empty"),
+        (["--model.levels=[4,4]"], "none twice"),
+        (["--model.detector_options={foo: 1}"], "fcos has no option foo"),
+        (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate 1.5"),
+        (["--model.lr=-1"], "lr is -1"),
         (["--model.detector=yolo"], "detector is 'yolo'; choose one of"),
         (["--data.train_size=0"], "train_size is 0"),
     ],

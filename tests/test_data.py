@@ -210,10 +210,37 @@ def test_polygons_are_boxed(folder):
 def test_images_without_labels_are_background_and_counted(folder, caplog):
     (folder / "labels/train/000000.txt").unlink()
     (folder / "labels/train/000001.txt").write_text("\n")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.WARNING):
         module = yolo(folder)
     assert len(module.datasets["train"][0][1]["boxes"]) == len(module.datasets["train"][1][1]["boxes"]) == 0
-    assert "2 of 6 train images have no object" in caplog.text
+    assert "train: 2 of 6 images have no object" in caplog.text
+
+
+@pytest.mark.parametrize("reader", [yolo, coco])
+def test_a_set_without_any_object_is_told(folder, reader):
+    shutil.rmtree(folder / "labels")
+    edit(folder, lambda c: c["annotations"].clear())
+    with pytest.raises(ValueError, match="none of the 6 images has an object"):
+        reader(folder)
+
+
+def test_an_image_named_twice_is_told(folder):
+    content = {**yaml.safe_load((folder / "data.yaml").read_text()), "train": ["images/train", "images/train"]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"000000\.txt belongs to several images"):
+        yolo(folder)
+
+
+def test_images_are_read_upright_and_in_full_depth(folder):
+    path = folder / "images/train/000000.png"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (64, 32)).save(path, exif=exif)
+    assert yolo(folder).datasets["train"][0][0].shape == (3, 64, 32)
+    ramp = np.linspace(0, 65535, 64 * 32).reshape(32, 64).astype(np.uint16)
+    Image.fromarray(ramp).save(path)
+    image = yolo(folder).datasets["train"][0][0]
+    assert image.mean().item() == pytest.approx(0.5, abs=0.01)
 
 
 def test_label_paths():
@@ -255,7 +282,7 @@ def test_bad_boxes_can_be_dropped_but_are_counted(folder, caplog):
     ("change", "message"),
     [
         ({"names": None}, "names missing"),
-        ({"names": {0: "a", 2: "b"}}, r"names has the keys \[0, 2\], but 0 to 1"),
+        ({"names": {0: "a", 2: "b"}}, r"names has the keys \[0, 2\], but numbers 0 to 1"),
         ({"names": "cat"}, "names is 'cat'"),
         ({"nc": 80}, "nc is 80, but names has 5 entries"),
         ({"val": "images/none"}, "val names .*none, which is neither a folder nor a .txt"),
@@ -343,6 +370,11 @@ def edit(folder, change):
         (lambda c: c["annotations"][1].update(id=1), "annotations holds the id 1 twice"),
         (lambda c: c["annotations"][1].pop("bbox"), r"annotations\[1\] needs id, image_id, category_id, bbox"),
         (lambda c: c["images"][1].update(file_name="gone.png"), "image 2 is missing: there is no .*gone.png"),
+        (lambda c: c["images"][1].update(file_name="000000.png"), "several images have the file_name 000000.png"),
+        (lambda c: c["images"][1].update(file_name="/etc/passwd"), "not within"),
+        (lambda c: c["images"][1].update(width="96"), "image 2 needs file_name as text"),
+        (lambda c: c["annotations"][1].update(image_id="1"), "annotation 2 names image '1'"),
+        (lambda c: c["annotations"][1].update(iscrowd="0"), "annotation 2: iscrowd is '0'"),
         (lambda c: c["categories"].pop(), "other categories than"),
         (lambda c: c.pop("images"), "has no list 'images'"),
         (lambda c: (c["images"].clear(), c["annotations"].clear()), "no images"),
@@ -362,6 +394,12 @@ def test_unreadable_annotations_are_told(folder, text):
     (folder / "annotations/train.json").unlink()
     with pytest.raises(ValueError, match="no such annotation file"):
         coco(folder)
+
+
+def test_an_image_of_another_size_is_told(folder):
+    edit(folder, lambda c: c["images"][0].update(width=640))
+    with pytest.raises(ValueError, match=r"000000\.png: is 96 x 96, but its annotations say \(640, 96\)"):
+        coco(folder).datasets["train"][0]
 
 
 def test_category_ids_with_holes_are_mapped(folder):

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
@@ -113,6 +114,7 @@ class Record:
     image_id: int
     boxes: list[tuple[float, float, float, float]] = field(default_factory=list)  # x1 y1 x2 y2
     labels: list[int] = field(default_factory=list)
+    size: tuple[int, int] | None = None  # width and height, where the annotations tell them
     crowd: list[bool] = field(default_factory=list)  # regions that evaluation ignores; none where empty
 
 
@@ -161,12 +163,18 @@ class FolderDataset(Dataset[Sample]):
         source: what to name where there is nothing.
 
     Raises:
-        ValueError: no record at all; on access, an image that is missing or can't be read.
+        ValueError: no record at all, or none with an object; on access, an image that is missing, can't be read, has
+            another size than its annotations say, or a box without area.
     """
 
-    def __init__(self, records: list[Record], relative: bool, transform: Callable[..., Sample], source: Path):
+    def __init__(self, records: list[Record], relative: bool, transform: Callable[..., Sample], source: Path | str):
         if not records:
             raise ValueError(f"{source}: no images; image files end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        background = sum(not record.labels for record in records)
+        if background == len(records):
+            raise ValueError(f"{source}: none of the {background} images has an object; are the labels in their place?")
+        if background:
+            log.warning("%s: %d of %d images have no object", source, background, len(records))
         self.records, self.relative, self.transform = records, relative, transform
 
     def __len__(self) -> int:
@@ -176,12 +184,16 @@ class FolderDataset(Dataset[Sample]):
         record = self.records[index]
         image = read_image(record.path)
         height, width = image.shape[-2:]
+        if record.size not in (None, (width, height)):
+            raise ValueError(f"{record.path}: is {width} x {height}, but its annotations say {record.size}")
         boxes = torch.tensor(record.boxes, dtype=torch.float64).reshape(-1, 4)
         if self.relative:
             boxes *= torch.tensor([width, height, width, height])
         boxes = boxes.round(decimals=4)  # of a pixel: fractions and pixels then give the same boxes
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
+        if (boxes[:, 2:] <= boxes[:, :2]).any():
+            raise ValueError(f"{record.path}: a box has no area in this image of {width} x {height}: {boxes.tolist()}")
         target = {
             "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(height, width)),
             "labels": torch.tensor(record.labels, dtype=torch.int64),
@@ -195,7 +207,10 @@ def read_image(path: Path) -> tv_tensors.Image:
     """(3, H, W), uint8. Raises ValueError naming the file where it is missing or can't be read."""
     try:
         with Image.open(path) as image:
-            return tv_tensors.Image(image.convert("RGB"))
+            upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
+                upright = Image.fromarray((np.asarray(upright, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+            return tv_tensors.Image(upright.convert("RGB"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError) as error:

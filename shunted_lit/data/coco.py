@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import BadBoxes, BoxCheck, DetectionDataModule, FolderDataset, Record, Sample, log
+from shunted_lit.data.base import BadBoxes, BoxCheck, DetectionDataModule, FolderDataset, Record, Sample
 
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
 
@@ -117,20 +118,38 @@ def read_records(
     """An entry an image of the file, in the order of the ids; crowd regions only where `crowds`."""
     images = by_id(file, "images", content["images"], "file_name", "width", "height")
     label = {category: i for i, category in enumerate(category_ids)}
-    records = {number: Record(folder / images[number]["file_name"], number) for number in sorted(images)}
+    records = {}
+    for number in sorted(images):
+        image = images[number]
+        if not (
+            isinstance(image["file_name"], str) and isinstance(image["width"], int) and isinstance(image["height"], int)
+        ):
+            raise ValueError(
+                f"{file}: image {number} needs file_name as text, width and height as whole numbers: {image}"
+            )
+        if (folder / image["file_name"]).is_relative_to(folder):
+            records[number] = Record(folder / image["file_name"], number, size=(image["width"], image["height"]))
+        else:
+            raise ValueError(
+                f"{file}: image {number} has the file_name {image['file_name']}, which is not within {folder}"
+            )
+    if repeated := [path for path, count in Counter(record.path for record in records.values()).items() if count > 1]:
+        raise ValueError(f"{file}: several images have the file_name {repeated[0].relative_to(folder)}")
     present = {path.relative_to(folder) for path in folder.rglob("*")} if folder.is_dir() else set()
     for record in records.values():
         if record.path.relative_to(folder) not in present:
             raise ValueError(f"{file}: image {record.image_id} is missing: there is no {record.path}")
     for number, entry in by_id(file, "annotations", content["annotations"], "image_id", "category_id", "bbox").items():
         where = f"{file}: annotation {number}"
-        if entry["image_id"] not in records:
-            raise ValueError(f"{where} names image {entry['image_id']}, which is not among the {len(records)} images")
-        if entry["category_id"] not in label:
-            raise ValueError(f"{where} names category {entry['category_id']}, but categories has {category_ids}")
+        if not isinstance(entry["image_id"], int) or entry["image_id"] not in records:
+            raise ValueError(f"{where} names image {entry['image_id']!r}, which is not among the {len(records)} images")
+        if not isinstance(entry["category_id"], int) or entry["category_id"] not in label:
+            raise ValueError(f"{where} names category {entry['category_id']!r}, but categories has {category_ids}")
         box = entry["bbox"]
         if not (isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)):
             raise ValueError(f"{where}: bbox is {box}, but four finite numbers x y width height are needed")
+        if entry.get("iscrowd", 0) not in (0, 1):
+            raise ValueError(f"{where}: iscrowd is {entry['iscrowd']!r}, but 0 or 1 is needed")
         if entry.get("iscrowd") and not crowds:
             continue
         x, y, w, h = box
@@ -141,8 +160,6 @@ def read_records(
             record.boxes.append(corners)
             record.labels.append(label[entry["category_id"]])
             record.crowd.append(bool(entry.get("iscrowd")))
-    if background := sum(not record.labels for record in records.values()):
-        log.info("%s: %d of %d images have no object", file, background, len(records))
     return list(records.values())
 
 

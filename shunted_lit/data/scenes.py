@@ -48,9 +48,16 @@ def write_scenes(
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty; name a new folder")
-    for name, value in {"train": train, "val": val, "size": size, "max_objects": max_objects}.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}, but at least 1 is needed")
+    least = {
+        "train": (train, 1),
+        "val": (val, 1),
+        "size": (size, 16),
+        "max_objects": (max_objects, 1),
+        "seed": (seed, 0),
+    }
+    for name, (value, bound) in least.items():
+        if value < bound:
+            raise ValueError(f"{name} is {value}, but at least {bound} is needed")
     names, draw = {"shapes": shape_scenes, "digits": digit_scenes}[kind](size, max_objects)
     for split, count in (("train", train), ("val", val)):
         images: list[dict] = []

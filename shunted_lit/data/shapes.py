@@ -184,6 +184,8 @@ class ShapesDataModule(DetectionDataModule):
         for name, value in {"train_size": train_size, "val_size": val_size, "max_objects": max_objects}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, but at least 0 is needed")
         if not 1 <= min_extent <= size // 2:
             raise ValueError(f"min_extent is {min_extent}, but 1 to half the size, {size // 2}, is possible")
         self.class_names = list(SHAPES)

@@ -1,6 +1,7 @@
 """Data in YOLO's format: an existing data.yaml works unchanged."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from shunted_lit.data.base import (
     FolderDataset,
     Record,
     Sample,
-    log,
 )
 
 SLACK = 1e-3  # of the image: what six decimals and a resize round
@@ -60,15 +60,15 @@ class YoloDataModule(DetectionDataModule):
         check = BoxCheck(self.bad_boxes)
         images = list_images(self.file, self.content, split)
         labelled = [label_path(image) for image in images]
+        if repeated := [label for label, count in Counter(labelled).items() if count > 1]:
+            raise ValueError(f"{self.file}, {split}: {repeated[0]} belongs to several images, or one is named twice")
         records = [
             Record(image, i, *read_labels(label, self.class_names, check))
             for i, (image, label) in enumerate(zip(images, labelled, strict=True))
         ]
         check.report(self.file)
         forbid_orphans(images, labelled)
-        if background := sum(not record.labels for record in records):
-            log.info("%s: %d of %d %s images have no object", self.file, background, len(records), split)
-        return FolderDataset(records, relative=True, transform=transform, source=self.file.parent / str(split))
+        return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
 
 
 def read_data_yaml(file: Path) -> dict[str, Any]:
@@ -85,13 +85,15 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: {', '.join(missing)} missing; train, val and names are needed")
     names = content["names"]
     if isinstance(names, dict):
-        if sorted(names) != list(range(len(names))):
-            raise ValueError(f"{file}: names has the keys {sorted(names)}, but 0 to {len(names) - 1} are needed")
+        if set(names) != set(range(len(names))):
+            raise ValueError(f"{file}: names has the keys {list(names)}, but numbers 0 to {len(names) - 1} are needed")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list):
         raise ValueError(f"{file}: names is {names!r}; a list, or a mapping from 0, 1, ... is needed")
+    if None in names or len(set(map(str, names))) != len(names):
+        raise ValueError(f"{file}: names holds an empty or a repeated name: {names}")
     if content.get("nc", len(names)) != len(names):
-        raise ValueError(f"{file}: nc is {content['nc']}, but names has {len(names)} entries")
+        raise ValueError(f"{file}: nc is {content['nc']!r}, but names has {len(names)} entries")
     return {**content, "names": [str(name) for name in names]}
 
 
@@ -106,7 +108,7 @@ def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
         if source.is_dir():
             images += sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         elif source.is_file() and source.suffix == ".txt":
-            for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
+            for number, line in enumerate(read_lines(source), 1):
                 if line.strip():
                     image = source.parent / line.strip()
                     if not image.is_file():
@@ -117,6 +119,13 @@ def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     if not images:
         raise ValueError(f"{file}: {split} holds no images; they end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return images
+
+
+def read_lines(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a readable text file ({error})") from error
 
 
 def label_path(image: Path) -> Path:
@@ -146,11 +155,7 @@ def read_labels(
 ) -> tuple[list[tuple[float, float, float, float]], list[int]]:
     """Boxes (x1 y1 x2 y2, in fractions of the image) and classes of a label file; none where there is no file."""
     boxes, labels = [], []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a readable text file ({error})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_lines(file) if file.exists() else [], 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

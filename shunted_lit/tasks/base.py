@@ -1,12 +1,13 @@
 """What all tasks share: optimizer, schedule, names of the classes."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule
 from timm.optim import param_groups_weight_decay
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR
 
 
 class BaseTask(LightningModule):
@@ -39,6 +40,9 @@ class BaseTask(LightningModule):
         min_lr: float,
     ):
         super().__init__()
+        for name, value, bound in (("lr", lr, lr > 0), ("warmup_epochs", warmup_epochs, warmup_epochs >= 0)):
+            if not bound:
+                raise ValueError(f"{name} is {value}, which is too small")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
         self.class_names = list(class_names or map(str, range(num_classes)))
@@ -52,11 +56,17 @@ class BaseTask(LightningModule):
         total = max(int(total), 1)
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = min(int(self.warmup_epochs * per_epoch), total - 1)
-        optimizer = AdamW(param_groups_weight_decay(self, self.weight_decay), lr=self.lr, fused=True)
-        cosine = CosineAnnealingLR(optimizer, total - warmup, eta_min=self.min_lr)
-        if not warmup:
-            scheduler: Any = cosine
-        else:
-            rise = LinearLR(optimizer, start_factor=1 / (warmup + 1), total_iters=warmup)
-            scheduler = SequentialLR(optimizer, [rise, cosine], milestones=[warmup])
+        lowest = self.min_lr / self.lr
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min((step - warmup) / (total - warmup), 1.0)
+            return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+        # Lightning clips no gradients of a fused optimizer in mixed precision.
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer = AdamW(param_groups_weight_decay(self, self.weight_decay), lr=self.lr, fused=fused)
+        # A function is not kept in checkpoints: a run resumed with more epochs follows its own, longer schedule.
+        scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
