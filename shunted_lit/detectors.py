@@ -62,7 +62,11 @@ def retinanet(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keyword
     return RetinaNet(pyramid, num_classes, anchor_generator=anchors, **keywords)
 
 
-DETECTORS: Mapping[str, Callable[..., nn.Module]] = {"fcos": fcos, "retinanet": retinanet}
+# By name: torchvision's class, whose options are the detector's, and what builds it over a pyramid.
+DETECTORS: Mapping[str, tuple[type[nn.Module], Callable[..., nn.Module]]] = {
+    "fcos": (FCOS, fcos),
+    "retinanet": (RetinaNet, retinanet),
+}
 
 
 def build_detector(
@@ -100,10 +104,11 @@ def build_detector(
         raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, but at least 1 is needed")
-    known = inspect.signature({"fcos": FCOS, "retinanet": RetinaNet}[name]).parameters
+    kind, build = DETECTORS[name]
+    known = inspect.signature(kind).parameters
     if unknown := sorted(set(keywords) - set(known)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     if anchor_scale <= 0:
         raise ValueError(f"anchor_scale is {anchor_scale}, but more than 0 is needed")
     pyramid = Pyramid(features, pyramid_channels, extra_levels)
-    return DETECTORS[name](pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)
+    return build(pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)
