@@ -19,14 +19,16 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
+from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
+from shunted_lit.export import export
 from shunted_lit.report import RunReport
 from shunted_lit.tasks import BaseTask
 
 log = logging.getLogger(__name__)
 
 # Commands that are plain functions: their arguments and help come from signature and docstring.
-COMMANDS: dict[str, Callable[..., Any]] = {"scenes": write_scenes}
+COMMANDS: dict[str, Callable[..., Any]] = {"digits": write_digits, "export": export, "scenes": write_scenes}
 
 EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in COMMANDS)
 
@@ -124,6 +126,9 @@ def quieten() -> None:
 
 def command() -> None:
     """The console command: an error of the user's is a line on the terminal and exit code 2, not a traceback."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("shunted_lit").setLevel(logging.INFO)
+    logging.getLogger("timm.models._builder").setLevel(logging.INFO)  # what of a file's weights was used
     try:
         main()
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:

@@ -17,6 +17,13 @@ from torch import Tensor, nn
 from shunted_lit.shunted import ShuntedTransformer
 
 
+def check_model_name(name: str) -> None:
+    """Raises ValueError, with close names, where timm has no such model; "local-dir:..." and the like are timm's."""
+    if ":" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
+
+
 class FeaturePath(nn.Module):
     """Backbone, then a neck of its own on each of `neck_levels`.
 
@@ -70,9 +77,7 @@ class FeaturePath(nn.Module):
 
     @staticmethod
     def _feature_indices(backbone: str, options: dict[str, Any], levels: tuple[int, ...]) -> list[int]:
-        if ":" not in backbone and not timm.is_model(backbone):  # "local-dir:..." and the like are timm's to judge
-            close = difflib.get_close_matches(backbone, timm.list_models(), n=3)
-            raise ValueError(f"timm has no model {backbone!r}; close names: {', '.join(close) or 'none'}")
+        check_model_name(backbone)
         with torch.device("meta"):  # costs no memory: only the strides are wanted
             probe: Any = timm.create_model(backbone, features_only=True, **options)
         strides = probe.feature_info.reduction()

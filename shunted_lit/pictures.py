@@ -66,6 +66,29 @@ def draw_predictions(
     figure.savefig(path)
 
 
+def draw_classes(
+    path: Path, images: Sequence[Tensor], labels: Sequence[int], probabilities: Tensor, class_names: Sequence[str]
+) -> None:
+    """Writes images, each under its predicted class and that one's probability; wrong ones in red, with the truth."""
+    rows = math.ceil(len(images) / 6)
+    columns = math.ceil(len(images) / rows)
+    figure = Figure(figsize=(columns * 1.6, rows * 1.9), layout="constrained", dpi=120)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    best, predicted = probabilities.max(dim=-1)
+    for axes, image, label, score, guess in zip(
+        grid.flat, images, labels, best.tolist(), predicted.tolist(), strict=False
+    ):
+        axes.imshow(image.permute(1, 2, 0).cpu().numpy())
+        if guess == label:
+            axes.set_title(f"{class_names[guess]} {score:.2f}", fontsize=8)
+        else:
+            title = f"{class_names[guess]} {score:.2f}, is {class_names[label]}"
+            axes.set_title(title, fontsize=8, color="red")
+    figure.savefig(path)
+
+
 def read_metrics(path: Path) -> dict[str, tuple[list[int], list[float]]]:
     """Steps and values of each column of a metrics.csv, as Lightning's CSVLogger writes it."""
     series: dict[str, tuple[list[int], list[float]]] = {}

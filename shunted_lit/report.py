@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
-from shunted_lit.pictures import draw_curves, draw_predictions, read_metrics
+from shunted_lit.pictures import draw_curves, read_metrics
 from shunted_lit.tasks import BaseTask
 
 
@@ -44,7 +44,8 @@ class RunReport(Callback):
         if not trainer.val_dataloaders or self.images < 1:
             return
         dataset = trainer.val_dataloaders.dataset
-        images, truths = zip(*(dataset[i] for i in range(min(self.images, len(dataset)))), strict=True)
+        count = min(self.images, len(dataset))
+        samples = [dataset[i * len(dataset) // count] for i in range(count)]  # over the whole set: it may be sorted
         last = {name: value.clone() for name, value in task.state_dict().items()}
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best:
@@ -52,26 +53,17 @@ class RunReport(Callback):
         was_training = task.training
         task.eval()
         with torch.no_grad():
-            predictions = [
-                {key: value.cpu() for key, value in result.items()}
-                for image in images
-                for result in task([image.to(task.device)])
-            ]
+            task.draw(path, samples)
         task.train(was_training)
         task.load_state_dict(last)
-        draw_predictions(path, images, truths, predictions, task.class_names)
 
     def _print_table(self, folder: Path, metrics: Path, trainer: Trainer) -> None:
         series = read_metrics(metrics) if metrics.is_file() else {}
         table = Table("", "best", "last", title=f"{folder}, {time.monotonic() - self.began:.0f} s")
         for name, (_, values) in sorted(series.items()):
-            if name.startswith("val/"):
-                best, last = (
-                    f"{value:.4f}" if value != -1 else "no such object" for value in (max(values), values[-1])
-                )
-                table.add_row(name, best, last)
-            elif name == "train/loss":
-                table.add_row(name, f"{min(values):.4f}", f"{values[-1]:.4f}")
+            if name.startswith("val/") or name == "train/loss":
+                best = min(values) if name.endswith("loss") else max(values)
+                table.add_row(name, *(f"{v:.4f}" if v != -1 else "no such object" for v in (best, values[-1])))
         console = Console()
         console.print(table)
         checkpoint: Any = trainer.checkpoint_callback

@@ -14,6 +14,7 @@ maps that a ratio does not divide are padded with zeros at the right and bottom,
 columns; any tuple of ratios works, where theirs knows three pairs; attention matrices are never held in memory.
 """
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +28,10 @@ from timm.layers import ClassifierHead, DropPath
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
+
+from shunted_lit.weights import SourceWeights, from_source_names, neck_keywords, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 __all__ = ["DetailSpecificFeedForward", "ShuntedBackbone", "ShuntedSelfAttention", "ShuntedTransformer"]
 
@@ -72,6 +77,8 @@ def pad_to_multiple(x: Tensor, r: int) -> Tensor:
 
 def check_channels(x: Tensor, channels: int) -> Tensor:
     """Raises ValueError where `x` is not an image (B, `channels`, H, W) with H and W of 1 or more."""
+    if torch.jit.is_tracing():  # which would warn, and could not raise for another input
+        return x
     if x.dim() != 4 or x.shape[1] != channels or x.shape[2] < 1 or x.shape[3] < 1:
         raise ValueError(f"input has the shape {list(x.shape)}, but (B, {channels}, H, W) is needed, H and W >= 1")
     return x
@@ -312,34 +319,7 @@ def init_weights(module: nn.Module) -> None:
         nn.init.zeros_(bias)
 
 
-def from_source_names(weights: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the names of the authors' checkpoints, or of this package, under those of this package.
-
-    Checkpoints may hold the weights flat or under "model"; names may start with "module.".
-    """
-    weights = weights["model"] if isinstance(weights.get("model"), Mapping) else weights
-
-    def rename(name: str) -> str:
-        name = name.removeprefix("module.")
-        name = re.sub(r"^(patch_embed|block|norm)(\d+)\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}.", name)
-        name = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
-        name = re.sub(
-            r"\battn\.(sr|norm|kv|local_conv)(\d*)\.",
-            lambda m: f"attn.groups.{int(m[2] or 1) - 1}.{m[1]}.",
-            name,
-        )
-        return name.replace(".dwconv.dwconv.", ".dwconv.")
-
-    return {rename(name): value for name, value in weights.items()}
-
-
-def load_source_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`, so that the source's checkpoints load as they are, wherever the module sits."""
-    mine = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    state_dict.update({prefix + name: value for name, value in from_source_names(mine).items()})
-
-
-class ShuntedTransformer(Stage):
+class ShuntedTransformer(SourceWeights, Stage):
     """The neck: one stage that keeps channels and size, for the feature path of a detector.
 
     Weights of the source load by `load_state_dict` as they are. The output is channels_last in memory.
@@ -381,7 +361,6 @@ class ShuntedTransformer(Stage):
         block.update(drop=drop_rate, attn_drop=attn_drop_rate)
         rates, embed = drop_path_rates(drop_path_rate, depth), PatchEmbed(cin, cin, stride=1, **dd)
         super().__init__(cin, embed, cin, partial(norm_layer, **dd), rates, **block, **dd)
-        self.register_load_state_dict_pre_hook(load_source_names)
         self.apply(init_weights)
 
     @classmethod
@@ -389,16 +368,16 @@ class ShuntedTransformer(Stage):
         """The trained neck out of a checkpoint of `shunted-lit fit`, or of the source, as a plain module in eval mode.
 
         Args:
-            path: a file that `torch.load` reads with `weights_only=True`.
+            path: a file that `torch.load` reads with `weights_only=True`, or .safetensors.
             level: which neck, where the checkpoint has several; the number it has in `neck_levels`.
-            keywords: those of the constructor, over what the checkpoint says. One of the source says nothing:
-                name all that differ from the defaults there; `cin` and `depth` are read from the weights.
+            keywords: those of the constructor, over what the checkpoint says. Weights alone, such as the source's,
+                do not say `num_heads`, `qk_scale` and `norm_layer`: name them where they differ from the defaults.
 
         Raises:
-            ValueError: no neck in the file, or several and no `level`.
+            ValueError: no neck in the file, or several and no `level`; weights that do not fit.
         """
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        weights = from_source_names(content.get("state_dict", content))
+        content = read_checkpoint(path)
+        weights = from_source_names(content)
         first = "patch_embed.proj.weight"
         found = {m[2]: m[1] for name in weights if (m := re.match(rf"(|.*\bnecks\.(\d+)\.){first}$", name))}
         if not found:
@@ -411,26 +390,27 @@ class ShuntedTransformer(Stage):
                 f"{path} holds necks on the levels {sorted(found)}, and level is {level}; name one of them"
             )
         weights = {name.removeprefix(found[key]): v for name, v in weights.items() if name.startswith(found[key])}
-        depth = 1 + max(int(m[1]) for name in weights if (m := re.match(r"block\.(\d+)\.", name)))
-        keywords = {**(content.get("hyper_parameters", {}).get("neck") or {}), **keywords}
-        neck = cls(**{"cin": len(weights[first]), "depth": depth, **keywords})
+        trained = content.get("hyper_parameters", {}).get("neck") or {}
+        neck = cls(**{**neck_keywords(weights), **trained, **keywords})
         neck.load_state_dict(weights)
         return neck.eval()
+
+    def weights_advice(self, weights: Mapping[str, Any]) -> str:
+        try:
+            keywords = neck_keywords(weights)
+        except KeyError:
+            return "They are no neck's"
+        return f"They are those of ShuntedTransformer({', '.join(f'{k}={v}' for k, v in keywords.items())})"
 
     def freeze_patch_embed(self) -> None:
         """Stops training the patch embedding."""
         self.patch_embed.requires_grad_(False)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
-
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)  # of the backbones' blocks and stages
 
 
-class ShuntedBackbone(nn.Module):
+class ShuntedBackbone(SourceWeights):
     """The four-stage Shunted Transformer (Sec. 3.3, Table 1), with timm's model interface.
 
     Weights of the authors' repository load by `load_state_dict` as they are.
@@ -489,12 +469,22 @@ class ShuntedBackbone(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self._check_pool(global_pool)
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate, **dd)
-        self.register_load_state_dict_pre_hook(load_source_names)
         self.init_weights()
 
     def init_weights(self) -> None:
         """Draws all weights anew, as the authors' code does; also after `to_empty` on the meta device."""
         self.apply(init_weights)
+
+    def weights_advice(self, weights: Mapping[str, Any]) -> str:
+        shapes = {name: getattr(value, "shape", None) for name, value in weights.items()}
+        matches = {}
+        for name, options in VARIANTS.items():
+            others = ShuntedBackbone(self.in_chans, device="meta", **options).state_dict().items()
+            matches[name] = sum(shapes.get(key) == value.shape for key, value in others if not key.startswith("head."))
+        nearest = max(matches, key=lambda name: matches[name])
+        if not matches[nearest]:
+            return "They are no Shunted Transformer's"
+        return f"{matches[nearest]} of these {len(shapes)} tensors would fit {nearest}"
 
     @staticmethod
     def _check_pool(global_pool: str) -> None:
@@ -504,11 +494,6 @@ class ShuntedBackbone(nn.Module):
     def freeze_patch_embed(self) -> None:
         """Stops training the stem; its BatchNorms still follow the data in train mode."""
         self.stages[0].patch_embed.requires_grad_(False)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
-        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -589,6 +574,12 @@ class ShuntedBackbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shunted_t": {"depths": (1, 2, 4, 1), "num_conv": 0},
+    "shunted_s": {"depths": (2, 4, 12, 1), "num_conv": 1},
+    "shunted_b": {"depths": (3, 4, 24, 2), "num_conv": 2},
+}
+
 default_cfgs = generate_default_cfgs(
     {
         f"{name}.untrained": {
@@ -596,9 +587,20 @@ default_cfgs = generate_default_cfgs(
             "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
             "first_conv": "stages.0.patch_embed.conv.0", "classifier": "head.fc", "license": "apache-2.0",
         }
-        for name in ("shunted_t", "shunted_s", "shunted_b")
+        for name in VARIANTS
     }
 )  # fmt: skip
+
+
+def pretrained_filter(checkpoint: Mapping[str, Any], model: ShuntedBackbone) -> dict[str, Any]:
+    """Weights by this package's names; timm adapts stem and head, and the rest is checked, which timm may not do."""
+    weights = from_source_names(checkpoint)
+    config: Any = model.default_cfg
+    model.check_weights(weights, but=("head.", config["first_conv"]))
+    classes = [len(weights[name]) for name in ("head.fc.bias",) if name in weights]
+    if classes != [model.num_classes]:
+        log.info("the head is left out: it has %s classes in the weights, %d in the model", classes, model.num_classes)
+    return weights
 
 
 def create(variant: str, pretrained: bool, **keywords: Any) -> ShuntedBackbone:
@@ -606,25 +608,25 @@ def create(variant: str, pretrained: bool, **keywords: Any) -> ShuntedBackbone:
         ShuntedBackbone,
         variant,
         pretrained,
-        pretrained_filter_fn=lambda weights, _: from_source_names(weights),
+        pretrained_filter_fn=pretrained_filter,
         feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-        **keywords,
+        **{**VARIANTS[variant], **keywords},
     )
 
 
 @register_model
 def shunted_t(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
     """Shunted-T: 11.6 M parameters, 2.1 G MACs at 224 x 224."""
-    return create("shunted_t", pretrained, **{"depths": (1, 2, 4, 1), "num_conv": 0, **keywords})
+    return create("shunted_t", pretrained, **keywords)
 
 
 @register_model
 def shunted_s(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
     """Shunted-S: 22.4 M parameters, 4.9 G MACs at 224 x 224."""
-    return create("shunted_s", pretrained, **{"depths": (2, 4, 12, 1), "num_conv": 1, **keywords})
+    return create("shunted_s", pretrained, **keywords)
 
 
 @register_model
 def shunted_b(pretrained: bool = False, **keywords: Any) -> ShuntedBackbone:
     """Shunted-B: 39.6 M parameters, 8.1 G MACs at 224 x 224."""
-    return create("shunted_b", pretrained, **{"depths": (3, 4, 24, 2), "num_conv": 2, **keywords})
+    return create("shunted_b", pretrained, **keywords)

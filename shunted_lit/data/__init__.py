@@ -1,8 +1,16 @@
 """Data for the tasks, a LightningDataModule each. No model is known here."""
 
-from shunted_lit.data.base import DetectionDataModule
+from shunted_lit.data.base import BaseDataModule, DetectionDataModule
 from shunted_lit.data.coco import CocoDataModule
+from shunted_lit.data.image_folder import ImageFolderDataModule
 from shunted_lit.data.shapes import ShapesDataModule
 from shunted_lit.data.yolo import YoloDataModule
 
-__all__ = ["CocoDataModule", "DetectionDataModule", "ShapesDataModule", "YoloDataModule"]
+__all__ = [
+    "BaseDataModule",
+    "CocoDataModule",
+    "DetectionDataModule",
+    "ImageFolderDataModule",
+    "ShapesDataModule",
+    "YoloDataModule",
+]

@@ -30,27 +30,84 @@ def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
     return list(images), list(targets)
 
 
-class DetectionDataModule(LightningDataModule):
-    """Base of the detection data. A subclass sets `class_names` and builds the data set of a split.
+class BaseDataModule(LightningDataModule):
+    """What all data share. A subclass sets `class_names`, the transforms, and builds the data set of a split.
+
+    Args:
+        batch_size: images a step, of each device.
+        num_workers: processes that load and augment, of each device.
+    """
+
+    class_names: list[str]
+    train_transform: Callable[..., Any]
+    eval_transform: Callable[..., Any]
+    collate_fn: Callable[[list[Any]], Any] | None = None
+
+    def __init__(self, batch_size: int, num_workers: int):
+        super().__init__()
+        if batch_size < 1 or num_workers < 0:
+            raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; 1 and 0 are the least")
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.datasets: dict[str, Dataset[Any]] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
+        """The data set of "train" or "val", whose samples went through `transform`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how to build its data set")
+
+    def setup(self, stage: str) -> None:
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            if split not in self.datasets:
+                transform = self.train_transform if split == "train" else self.eval_transform
+                self.datasets[split] = self.build_dataset(split, transform)
+
+    def loader(self, split: str, **options: Any) -> DataLoader[Any]:
+        """Over a split, in order; `options` are further ones of DataLoader."""
+        return DataLoader(
+            self.datasets[split],
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            collate_fn=self.collate_fn,
+            **options,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self.loader("val")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self.loader("val")
+
+
+class DetectionDataModule(BaseDataModule):
+    """Base of the detection data.
 
     A sample is an image (3, H, W), uint8, and a target: `boxes` (n, 4) as x1 y1 x2 y2 in pixels, `labels` (n,) from 0,
     `iscrowd` (n,), 1 for regions that evaluation ignores, `image_id`. Batches are two lists, images float32 in 0..1.
 
     Args:
-        batch_size: images a step.
-        num_workers: processes that load and augment.
+        batch_size: images a step, of each device.
+        num_workers: processes that load and augment, of each device.
         flip, distort, crop: chance for a training image to be mirrored, to change its colours, to be cut to a part
             that keeps some objects.
     """
 
-    class_names: list[str]
+    collate_fn = staticmethod(collate)
 
     def __init__(
         self, batch_size: int = 16, num_workers: int = 2, flip: float = 0.5, distort: float = 0.5, crop: float = 0.0
     ):
-        super().__init__()
-        self.batch_size, self.num_workers = batch_size, num_workers
-        self.datasets: dict[str, Dataset[Sample]] = {}
+        super().__init__(batch_size, num_workers)
         to_float = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
         self.train_transform = v2.Compose(
             [
@@ -62,43 +119,6 @@ class DetectionDataModule(LightningDataModule):
             ]
         )
         self.eval_transform = v2.Compose(to_float)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
-
-    def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
-        """The data set of "train" or "val", whose samples went through `transform`."""
-        raise TypeError(f"{type(self).__name__} does not say how to build its data set")
-
-    def setup(self, stage: str) -> None:
-        for split in ("train", "val") if stage == "fit" else ("val",):
-            if split not in self.datasets:
-                transform = self.train_transform if split == "train" else self.eval_transform
-                self.datasets[split] = self.build_dataset(split, transform)
-
-    def _loader(self, split: str) -> DataLoader[Sample]:
-        return DataLoader(
-            self.datasets[split],
-            batch_size=self.batch_size,
-            shuffle=split == "train",
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=collate,
-        )
-
-    def train_dataloader(self) -> DataLoader[Sample]:
-        return self._loader("train")
-
-    def val_dataloader(self) -> DataLoader[Sample]:
-        return self._loader("val")
-
-    def test_dataloader(self) -> DataLoader[Sample]:
-        return self._loader("val")
-
-    def predict_dataloader(self) -> DataLoader[Sample]:
-        return self._loader("val")
 
 
 def entries_of_boxes(sample: Any) -> list[Tensor]:
@@ -182,7 +202,7 @@ class FolderDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]
-        image = read_image(record.path)
+        image = tv_tensors.Image(read_image(record.path))
         height, width = image.shape[-2:]
         if record.size not in (None, (width, height)):
             raise ValueError(f"{record.path}: is {width} x {height}, but its annotations say {record.size}")
@@ -203,14 +223,14 @@ class FolderDataset(Dataset[Sample]):
         return self.transform(image, target)
 
 
-def read_image(path: Path) -> tv_tensors.Image:
-    """(3, H, W), uint8. Raises ValueError naming the file where it is missing or can't be read."""
+def read_image(path: Path | str) -> Image.Image:
+    """An image in RGB, upright. Raises ValueError naming the file where it is missing or can't be read."""
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
             if upright.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
                 upright = Image.fromarray((np.asarray(upright, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
-            return tv_tensors.Image(upright.convert("RGB"))
+            return upright.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
     except (OSError, SyntaxError, ValueError) as error:

@@ -9,6 +9,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from shunted_lit.data.digits import NAMES, check_new, load_digits
 from shunted_lit.data.shapes import SHAPES, background, boxes_of, compose, draw_shape
 
 SPLITS = ("train", "val")
@@ -46,8 +47,7 @@ def write_scenes(
     Raises:
         ValueError: a folder that is not empty, a number that is not positive.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; name a new folder")
+    check_new(out)
     least = {
         "train": (train, 1),
         "val": (val, 1),
@@ -105,7 +105,7 @@ def digit_scenes(size: int, max_objects: int) -> tuple[list[str], Draw]:
     """Class names and scenes of scikit-learn's 1,797 handwritten digits on photographs."""
     try:
         import skimage.data
-        from sklearn.datasets import load_digits, load_sample_image
+        from sklearn.datasets import load_sample_image
     except ImportError as error:
         raise ValueError(
             f"digits need scikit-learn and scikit-image ({error}): pip install 'shunted-lit[demo]'"
@@ -116,8 +116,6 @@ def digit_scenes(size: int, max_objects: int) -> tuple[list[str], Draw]:
         for split in SPLITS
     }
     digits = load_digits()
-    held_out = np.arange(len(digits.target)) % 5 == 4
-    pool = {"train": np.flatnonzero(~held_out), "val": np.flatnonzero(held_out)}
 
     def draw(rng: np.random.Generator, split: str) -> Scene:
         photograph = photographs[split][rng.integers(len(photographs[split]))]
@@ -126,13 +124,14 @@ def digit_scenes(size: int, max_objects: int) -> tuple[list[str], Draw]:
         crop = Image.fromarray(photograph[y : y + side, x : x + side]).resize((size, size))
 
         def draw_digit(rng: np.random.Generator, extent: int) -> tuple[np.ndarray, int]:
-            index = rng.choice(pool[split])
-            strokes = Image.fromarray((digits.images[index] * 15.9).astype(np.uint8))
+            images, labels = digits[split]
+            index = rng.integers(len(labels))
+            strokes = Image.fromarray(images[index])
             ink = strokes.crop(strokes.getbbox())
             scale = extent / max(ink.size)
             ink = ink.resize([max(round(side * scale), 1) for side in ink.size], Image.Resampling.BICUBIC)
-            return np.asarray(ink, dtype=np.float32) / 255, int(digits.target[index])
+            return np.asarray(ink, dtype=np.float32) / 255, int(labels[index])
 
         return compose(rng, np.asarray(crop, dtype=np.float32).copy(), 8, min(96, size), max_objects, draw_digit)
 
-    return [str(digit) for digit in range(10)], draw
+    return NAMES, draw

@@ -1,6 +1,7 @@
 """Training tasks, a LightningModule each."""
 
 from shunted_lit.tasks.base import BaseTask
+from shunted_lit.tasks.classification import ClassificationTask
 from shunted_lit.tasks.detection import DetectionTask
 
-__all__ = ["BaseTask", "DetectionTask"]
+__all__ = ["BaseTask", "ClassificationTask", "DetectionTask"]

@@ -1,5 +1,7 @@
 """Object detection: a torchvision detector on any timm backbone, with or without the neck."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +9,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from shunted_lit.detectors import build_detector
 from shunted_lit.features import FeaturePath
+from shunted_lit.pictures import draw_predictions
 from shunted_lit.tasks.base import BaseTask
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -68,7 +71,7 @@ class DetectionTask(BaseTask):
         min_lr: float = 1e-6,
     ):
         super().__init__(num_classes, class_names, lr, weight_decay, warmup_epochs, min_lr)
-        self.save_hyperparameters()
+        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds its weights: nothing is fetched for it
         features = FeaturePath(backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options)
         self.detector = build_detector(
             detector,
@@ -110,6 +113,12 @@ class DetectionTask(BaseTask):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Tensor]]:
         return self(batch[0])
+
+    def draw(self, path: Path, samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
+        images, truths = zip(*samples, strict=True)
+        results = [result for image in images for result in self([image.to(self.device)])]
+        predictions = [{key: value.cpu() for key, value in result.items()} for result in results]
+        draw_predictions(path, images, truths, predictions, self.class_names)
 
     def _log_mean_ap(self, stage: str) -> None:
         scores = self.mean_ap.compute()

@@ -1,0 +1,145 @@
+"""Labelled images in folders, one a class: ImageNet's layout."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import create_transform
+from timm.data.distributed_sampler import RepeatAugSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.datasets import ImageFolder
+
+from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, read_image
+
+log = logging.getLogger(__name__)
+
+
+class RepeatedAugmentation(RepeatAugSampler, DistributedSampler):
+    """timm's sampler; being a DistributedSampler by name, Lightning leaves it in its place."""
+
+
+class ImageFolderDataModule(BaseDataModule):
+    """`root/train/CLASS/*.JPEG` and `root/val/CLASS/*.JPEG`, any depth below CLASS; classes in alphabetical order.
+
+    A sample is an image (3, image_size, image_size), uint8, and a label from 0. Training images are cut,
+    mirrored and distorted by timm's transforms; validation images are scaled and cut around their centre.
+
+    Args:
+        root: the folder.
+        train, val: folders of the splits, below `root`.
+        image_size: height and width in pixels.
+        crop_pct: share of the scaled image's shorter side that validation keeps.
+        interpolation: "bicubic", "bilinear", "nearest", or "random" for training.
+        scale: least and greatest share of the area that a training image keeps.
+        ratio: least and greatest width over height of that cut.
+        flip: chance for a training image to be mirrored.
+        color_jitter: range of brightness, contrast and saturation in training; not used where auto_augment is.
+        auto_augment: timm's description of the policy, such as "rand-m9-mstd0.5-inc1"; null for none.
+        repeats: times that an image is in an epoch, each time augmented anew, while the epoch stays as long: repeated
+            augmentation (Hoffer et al., arXiv 1901.09335); 1 for none.
+        batch_size: images a step, of each device.
+        num_workers: processes that load and augment, of each device.
+
+    Raises:
+        ValueError: a folder that is not there, a class without images or missing in one of the splits, numbers out of
+            bounds; while reading, an image that can't be read. Each names the path.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        train: str = "train",
+        val: str = "val",
+        image_size: int = 224,
+        crop_pct: float = 0.875,
+        interpolation: str = "bicubic",
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        color_jitter: float = 0.0,
+        auto_augment: str | None = None,
+        repeats: int = 1,
+        batch_size: int = 128,
+        num_workers: int = 2,
+    ):
+        super().__init__(batch_size, num_workers)
+        self.save_hyperparameters()
+        if image_size < 1 or not 0 < crop_pct <= 1 or repeats < 1:
+            raise ValueError(
+                f"image_size is {image_size}, crop_pct {crop_pct} and repeats {repeats}; "
+                "at least 1, 0 to 1, and at least 1 are needed"
+            )
+        for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
+            if not 0 < low <= high:
+                raise ValueError(f"{name} is from {low} to {high}, but positive and rising numbers are needed")
+        self.folders = {"train": Path(root, train), "val": Path(root, val)}
+        self.repeats = repeats
+        self.class_names = class_folders(self.folders["train"])
+        size: dict[str, Any] = {"input_size": image_size, "normalize": False}
+        self.train_transform = create_transform(
+            **size,
+            is_training=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=flip,
+            color_jitter=color_jitter,
+            auto_augment=auto_augment,
+            interpolation=interpolation,
+        )
+        still = "bicubic" if interpolation == "random" else interpolation
+        self.eval_transform = create_transform(**size, interpolation=still, crop_pct=crop_pct)
+
+    def build_dataset(self, split: str, transform: Callable[[Image.Image], Any]) -> Dataset[Any]:
+        folder = self.folders[split]
+        differ_from = set(class_folders(folder)) ^ set(self.class_names)
+        if differ_from:
+            name = min(differ_from)
+            there, here = self.folders["train"], folder
+            if name not in self.class_names:
+                there, here = here, there
+            raise ValueError(
+                f"{here / name}: no such folder, but {there / name} is there ({len(differ_from)} of "
+                f"{len(self.class_names)} classes are in one split alone); both splits need all classes, with images"
+            )
+        unread: list[str] = []
+
+        def is_image(path: str) -> bool:
+            if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+                return True
+            unread.append(path)
+            return False
+
+        dataset = ImageFolder(str(folder), transform, loader=read_image, is_valid_file=is_image, allow_empty=True)
+        for label in sorted(set(range(len(self.class_names))) - set(dataset.targets)):
+            raise ValueError(
+                f"{folder / self.class_names[label]}: no image in this class; add some (they end in "
+                f"{', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder from all splits"
+            )
+        if unread:
+            log.warning(
+                "%s: %d files do not end as images do and are left out, such as %s", folder, len(unread), unread[0]
+            )
+        return dataset
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Only whole batches, where there is one: mixup needs pairs, and BatchNorm more than one image."""
+        whole = len(self.datasets["train"]) >= self.batch_size  # type: ignore[arg-type]
+        if self.repeats == 1:
+            return self.loader("train", shuffle=True, drop_last=whole)
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = RepeatedAugmentation(
+            self.datasets["train"], replicas, rank, num_repeats=self.repeats, selected_round=0
+        )
+        return self.loader("train", sampler=sampler, drop_last=whole)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in `folder`, which are the classes, in alphabetical order."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; it should hold a folder of images for each class")
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if not names:
+        raise ValueError(f"{folder}: no folder in it; it should hold one of images for each class")
+    return names

@@ -1,0 +1,110 @@
+"""Weights on disk and in dictionaries: the authors' names, what a file holds, and whether it fits."""
+
+import re
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+
+def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
+    """Content of a checkpoint or a .safetensors file, on the CPU. Code in a file is never run (`weights_only`)."""
+    if str(path).endswith(".safetensors"):
+        return safetensors.torch.load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Weights of a checkpoint by name: from under "state_dict" or "model" and without wrappers' prefixes, if any."""
+    for key in ("state_dict", "model"):
+        if isinstance(checkpoint.get(key), Mapping):
+            checkpoint = checkpoint[key]
+    return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): value for name, value in checkpoint.items()}
+
+
+def from_source_names(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict under the names of the authors' checkpoints, or of this package, under those of this package."""
+
+    def rename(name: str) -> str:
+        name = re.sub(r"^(patch_embed|block|norm)(\d+)\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}.", name)
+        name = re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", name)
+        name = re.sub(
+            r"\battn\.(sr|norm|kv|local_conv)(\d*)\.",
+            lambda m: f"attn.groups.{int(m[2] or 1) - 1}.{m[1]}.",
+            name,
+        )
+        return name.replace(".dwconv.dwconv.", ".dwconv.")
+
+    return {rename(name): value for name, value in flatten(checkpoint).items()}
+
+
+def load_source_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Hook of `load_state_dict`, so that the source's checkpoints load as they are, wherever the module sits."""
+    mine = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict.update({prefix + name: value for name, value in from_source_names(mine).items()})
+
+
+def neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Keywords of `ShuntedTransformer` that can be read off a neck's weights: all but `num_heads` and `qk_scale`."""
+    cin = len(weights["patch_embed.proj.weight"])
+    groups = sorted(name for name in weights if re.fullmatch(r"block\.0\.attn\.groups\.\d+\.sr\.weight", name))
+    return {
+        "cin": cin,
+        "depth": len({name.split(".")[1] for name in weights if name.startswith("block.")}),
+        "mlp_ratios": len(weights["block.0.mlp.fc1.weight"]) / cin,
+        "qkv_bias": "block.0.attn.q.bias" in weights,
+        "ratios": tuple(weights[name].shape[-1] for name in groups) or (1,),
+    }
+
+
+class SourceWeights(nn.Module):
+    """What neck and backbone share: the authors' checkpoints load by `load_state_dict` as they are."""
+
+    def __init__(self, *args: Any, **keywords: Any):
+        super().__init__(*args, **keywords)
+        self.register_load_state_dict_pre_hook(load_source_names)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, under the authors' names as well; flat, or under "model" or "state_dict".
+
+        Raises:
+            ValueError: where `strict`, weights that do not fit; says which, and what they would fit.
+        """
+        if strict:
+            self.check_weights(from_source_names(state_dict))
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def check_weights(self, weights: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
+        """Raises ValueError where names (this package's) or shapes are not this module's; `but` starts those that may."""
+        mine = {name: value.shape for name, value in self.state_dict().items()}
+        given = {name: getattr(value, "shape", None) for name, value in weights.items()}
+        faults = {
+            # torch itself adds the counts that old checkpoints lack.
+            "missing": [name for name in mine.keys() - given.keys() if not name.endswith("num_batches_tracked")],
+            "unexpected": list(given.keys() - mine.keys()),
+            "of another shape": [
+                f"{name} {list(given[name] or ())}, but {list(mine[name])} is needed"
+                for name in mine.keys() & given.keys()
+                if mine[name] != given[name]
+            ],
+        }
+        told = []
+        for fault, names in faults.items():
+            names = sorted(name for name in names if not name.startswith(but))
+            if names:
+                told.append(f"{len(names)} {fault} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})")
+        if told:
+            advice = self.weights_advice(weights)
+            raise ValueError(f"weights do not fit this {type(self).__name__}: {', '.join(told)}. {advice}")
+
+    def weights_advice(self, weights: Mapping[str, Any]) -> str:
+        """What these weights would fit."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
+        return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
