@@ -17,10 +17,10 @@ def export(source: str, out: Path, format: Literal["safetensors"] = "safetensors
     """Write a trained classifier or backbone to a new folder, for use without this package's tasks.
 
     Args:
-        source: a checkpoint of `shunted-lit fit`, or a file with weights of a shunted_t, _s or _b, such as the authors'.
+        source: a checkpoint of `shunted-lit fit`, or weights of a shunted_t, _s or _b, such as the authors'.
         out: folder to write.
-        format: "safetensors": model.safetensors and config.json, which `timm.create_model("local-dir:OUT", pretrained=True)`
-            loads once shunted_lit is imported, and which go to Hugging Face's hub as they are.
+        format: "safetensors": model.safetensors and config.json, as Hugging Face's hub has them; once shunted_lit is
+            imported, `timm.create_model("local-dir:OUT", pretrained=True)` loads them.
 
     Raises:
         ValueError: a file that holds no classifier and no backbone.

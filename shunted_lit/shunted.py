@@ -597,9 +597,9 @@ def pretrained_filter(checkpoint: Mapping[str, Any], model: ShuntedBackbone) -> 
     weights = from_source_names(checkpoint)
     config: Any = model.default_cfg
     model.check_weights(weights, but=("head.", config["first_conv"]))
-    classes = [len(weights[name]) for name in ("head.fc.bias",) if name in weights]
-    if classes != [model.num_classes]:
-        log.info("the head is left out: it has %s classes in the weights, %d in the model", classes, model.num_classes)
+    classes = len(weights["head.fc.bias"]) if "head.fc.bias" in weights else 0
+    if classes != model.num_classes:
+        log.info("the head is left out: the weights are for %d classes, the model for %d", classes, model.num_classes)
     return weights
 
 

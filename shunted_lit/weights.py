@@ -78,7 +78,7 @@ class SourceWeights(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     def check_weights(self, weights: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
-        """Raises ValueError where names (this package's) or shapes are not this module's; `but` starts those that may."""
+        """Raises ValueError where names (this package's) or shapes are not this module's; `but` starts the excepted."""
         mine = {name: value.shape for name, value in self.state_dict().items()}
         given = {name: getattr(value, "shape", None) for name, value in weights.items()}
         faults = {

@@ -118,9 +118,7 @@ class ImageFolderDataModule(BaseDataModule):
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder from all splits"
             )
         if unread:
-            log.warning(
-                "%s: %d files do not end as images do and are left out, such as %s", folder, len(unread), unread[0]
-            )
+            log.warning("%s: left out %d files that are no images, such as %s", folder, len(unread), unread[0])
         return dataset
 
     def train_dataloader(self) -> DataLoader[Any]:

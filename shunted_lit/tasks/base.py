@@ -77,9 +77,8 @@ class BaseTask(LightningModule):
         """How many times `lr_batch` a step has images over all devices; 1 where rates are not to be scaled."""
         if self.lr_batch is None:
             return 1.0
-        batch = (
-            self.trainer.train_dataloader.batch_size * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        )
+        images = getattr(self.trainer.train_dataloader, "batch_size", 1)
+        batch = images * self.trainer.accumulate_grad_batches * self.trainer.world_size
         factor = batch / self.lr_batch
         rank_zero_info(f"{batch} images a step: the learning rate is {self.lr:g} x {factor:g} = {self.lr * factor:g}")
         return factor

@@ -1,0 +1,419 @@
+"""Classification: the recipe piece by piece, image folders and what is wrong with them, the digits."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from golden_cases import CASES, source_weights
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from PIL import Image
+from timm.data.auto_augment import RandAugment
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+from shunted_lit.cli import main
+from shunted_lit.data import ImageFolderDataModule
+from shunted_lit.tasks import ClassificationTask
+
+ROOT = Path(__file__).parent.parent
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits") / "set"
+    main(["digits", str(folder)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory):
+    """Three classes, eight images each to train and four to validate."""
+    folder = tmp_path_factory.mktemp("few")
+    for split, count in (("train", 8), ("val", 4)):
+        for name in "012":
+            (folder / split / name).mkdir(parents=True)
+            for path in sorted((digits / split / name).iterdir())[:count]:
+                shutil.copy(path, folder / split / name)
+    return folder
+
+
+@pytest.fixture
+def folder(few, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(few, tmp_path / "set")
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def data(folder, **keywords):
+    module = ImageFolderDataModule(str(folder), **{"image_size": 32, "batch_size": 8, "num_workers": 0, **keywords})
+    module.setup("fit")
+    return module
+
+
+def fit(*args):
+    cli = main(["fit", *args, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
+    return cli, Path(cli.trainer.log_dir)
+
+
+def metrics(folder, name):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+# --- the digits, as shipped
+
+
+@pytest.fixture(scope="module")
+def run(digits, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return fit(
+        f"--config={ROOT / 'configs/digits.yaml'}", f"--data.root={digits}", f"--trainer.default_root_dir={folder}"
+    )
+
+
+def test_shunted_t_learns_real_digits(run):
+    _, folder = run
+    assert max(metrics(folder, "val/acc1")) >= 0.97
+    assert metrics(folder, "val/acc5")[-1] >= 0.99
+    assert metrics(folder, "val/loss")[-1] < metrics(folder, "val/loss")[0]
+    for name in ("predictions.png", "curves.png"):
+        with Image.open(folder / name) as picture:
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+
+
+@torch.no_grad()
+def test_the_digits_checkpoint_is_a_timm_model(run, digits, tmp_path):
+    """The figure again, with none of the package's loaders and metrics."""
+    folder = run[1]
+    best = str(folder / "checkpoints/best.ckpt")
+    paths = sorted(digits.glob("val/*/*.png"))
+    pixels = [Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC) for path in paths]
+    labels = torch.tensor([int(path.parent.name) for path in paths])
+    config = timm.get_pretrained_cfg("shunted_t").to_dict()
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
+
+    main(["export", best, str(tmp_path / "out"), "--format=safetensors"])
+    exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    doors = [
+        timm.create_model("shunted_t", num_classes=10, checkpoint_path=best),
+        ClassificationTask.load_from_checkpoint(best, weights_only=True).model,
+        exported,
+    ]
+    for model in doors:
+        share = (model.eval()(images).argmax(1) == labels).float().mean().item()
+        assert share == pytest.approx(max(metrics(folder, "val/acc1")), abs=1e-6)
+    config = exported.pretrained_cfg
+    assert (tuple(config["input_size"]), config["crop_pct"], config["num_classes"]) == ((3, 32, 32), 1.0, 10)
+    assert config["label_names"] == list("0123456789")
+
+
+def test_fine_tuning_from_weights(run, few, caplog, tmp_path):
+    best = str(run[1] / "checkpoints/best.ckpt")
+    config = ["--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={few}"]
+    config += ["--data.image_size=32", "--data.crop_pct=1.0", "--data.batch_size=8", "--data.num_workers=0"]
+    with caplog.at_level("INFO"):
+        cli, folder = fit(
+            *config, f"--model.weights={best}", "--model.layer_decay=0.7", "--trainer.max_epochs=1", "--model.lr=1e-9"
+        )
+    assert "the head is left out: the weights are for 10 classes, the model for 3" in caplog.text
+    trained = torch.load(best, weights_only=True)["state_dict"]
+    for name, value in cli.model.model.named_parameters():
+        assert name.startswith("head.") or torch.allclose(value, trained[f"model.{name}"], atol=1e-5), name
+
+    # What a run leaves does not need the file that it started from.
+    moved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    assert "weights" not in moved["hyper_parameters"]
+    ClassificationTask.load_from_checkpoint(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+# --- the recipe
+
+
+def task(**keywords):
+    torch.manual_seed(0)
+    return ClassificationTask(num_classes=3, **keywords)
+
+
+def test_imagenet_configs_hold_the_recipe():
+    numbers = {"shunted_t": (0.1, None), "shunted_s": (0.2, None), "shunted_b": (0.3, 1.0)}
+    for name, (drop_path, clip) in numbers.items():
+        config = yaml.safe_load((ROOT / f"configs/imagenet/{name}.yaml").read_text())
+        model, images, trainer = config["model"]["init_args"], config["data"]["init_args"], config["trainer"]
+        assert (model["backbone"], model["drop_path_rate"]) == (name, drop_path)
+        assert trainer.get("gradient_clip_val") == clip
+        assert trainer["max_epochs"] == 300
+        # As the authors' 8 x 128 images a step have them.
+        scale = 1024 / model["lr_batch"]
+        rates = [scale * model[key] for key in ("lr", "warmup_lr", "min_lr")]
+        assert rates == pytest.approx([1e-3, 1e-6, 1e-5])
+        assert (model["warmup_epochs"], model["weight_decay"]) == (5, 0.05)
+        assert (model["mixup"], model["cutmix"], model["label_smoothing"], model["random_erasing"]) == (
+            0.8,
+            1.0,
+            0.1,
+            0.25,
+        )
+        assert (images["auto_augment"], images["color_jitter"], images["repeats"]) == ("rand-m9-mstd0.5-inc1", 0.4, 3)
+
+
+@pytest.mark.parametrize("variant", ["shunted_t", "shunted_s", "shunted_b"])
+def test_imagenet_configs_run_at_small_sizes(variant, few):
+    small = [f"--data.root={few}", "--data.image_size=32", "--data.batch_size=8", "--data.num_workers=0"]
+    cli, folder = fit(
+        f"--config={ROOT}/configs/imagenet/{variant}.yaml", *small, "--trainer.max_epochs=1", "--trainer.precision=32"
+    )
+    assert len(metrics(folder, "val/acc1")) == 1
+    assert cli.trainer.optimizers[0].defaults["lr"] == pytest.approx(5e-4 * 8 / 512)
+    tuned, _ = fit(
+        f"--config={ROOT}/configs/imagenet/{variant}.yaml", f"--config={ROOT}/configs/imagenet/finetune_384.yaml",
+        *small, "--data.image_size=48", "--trainer.max_epochs=1", "--trainer.precision=32",
+        f"--model.weights={folder}/checkpoints/last.ckpt",
+    )  # fmt: skip
+    assert tuned.model.hparams.backbone == variant
+    assert tuned.datamodule.hparams.crop_pct == 1.0
+    assert tuned.trainer.optimizers[0].defaults["lr"] == pytest.approx(2e-5 * 8 / 512)
+
+
+def test_the_recipe_starts_from_the_authors_weights(few, tmp_path):
+    torch.save({"model": source_weights(CASES["shunted_t"])}, tmp_path / "ckpt_T.pth")
+    model = ClassificationTask(3, weights=str(tmp_path / "ckpt_T.pth")).model
+    expected = timm.create_model("shunted_t", checkpoint_path=str(tmp_path / "ckpt_T.pth"))
+    torch.testing.assert_close(model.stages.state_dict(), expected.stages.state_dict(), rtol=0, atol=0)
+
+
+class Fixed(torch.nn.Module):
+    """Stands for a network: remembers its input and answers with fixed logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x):
+        self.seen = x
+        return self.logits[: len(x)]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_the_loss_is_timms(mixup):
+    model = task(mixup=mixup, label_smoothing=0.1)
+    model.log = lambda *_, **__: None
+    images, labels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 2, 1, 1])
+    logits = torch.randn(4, 3)
+    model.model = Fixed(logits)
+    np.random.seed(3)
+    loss = model.training_step((images, labels), 0)
+    if not mixup:
+        torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(0.1)(logits, labels))
+        return
+    np.random.seed(3)
+    timms = timm.data.Mixup(mixup, 0.0, label_smoothing=0.1, num_classes=3)
+    mixed, targets = timms(model.normalize(images / 255), labels)
+    torch.testing.assert_close(model.model.seen, mixed)
+    torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits, targets))
+
+
+def test_cutmix_and_random_erasing_act_in_training_only():
+    images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
+    for keywords in ({"cutmix": 1.0}, {"random_erasing": 1.0}):
+        model = task(**keywords)
+        model.log = model.log_dict = lambda *_, **__: None
+        model.model = Fixed(torch.randn(8, 3))
+        model.training_step((images, labels), 0)
+        changed = (model.model.seen != model.normalize(images)).any(dim=1)
+        assert 0 < changed.float().mean() < 1, "a part of the pixels"
+        model.validation_step((images, labels), 0)
+        assert torch.equal(model.model.seen, model.normalize(images))
+
+
+def test_accuracies():
+    model = task()
+    model.log = lambda *_, **__: None
+    logged = {}
+    model.log_dict = lambda metrics, **_: logged.update(metrics)
+    model.model = Fixed(torch.eye(3)[[0, 1, 2, 2]])
+    model.validation_step((torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])), 0)
+    values = {name: metric.compute().item() for name, metric in logged.items()}
+    assert values == {"val/acc1": 0.75, "val/acc5": 1.0}
+
+
+def test_layer_decay_and_the_scaled_rate(few):
+    model = task(layer_decay=0.5, lr=1e-3, lr_batch=16, warmup_epochs=0)
+    trainer = Trainer(max_epochs=1, accumulate_grad_batches=4, **QUIET)
+    trainer.fit(model, data(few))
+    groups = trainer.optimizers[0].param_groups
+    assert {g["weight_decay"] for g in groups} == {0.0, 0.05}
+    rates = {id(p): g["initial_lr"] for g in groups for p in g["params"]}
+    named = {name: rates[id(p)] for name, p in model.model.named_parameters()}
+    assert named["head.fc.weight"] == pytest.approx(1e-3 * 32 / 16)
+    order = [named[f"stages.{i}.block.{j}.norm1.weight"] for i, n in enumerate((1, 2, 4, 1)) for j in range(n)]
+    assert order == pytest.approx([2e-3 * 0.5 ** (8 - i) for i in range(8)])
+
+
+def test_drop_path_reaches_the_blocks():
+    rates = [m.drop_prob for m in task(drop_path_rate=0.2).modules() if isinstance(m, timm.layers.DropPath)]
+    assert max(rates) == pytest.approx(0.2)
+
+
+def test_weight_averaging_by_lightnings_callback(few):
+    """EMAWeightAveraging keeps the mean of the weights, validates it and writes it to checkpoints."""
+    cli, folder = fit(
+        "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={few}", "--data.image_size=32",
+        "--data.batch_size=8", "--data.num_workers=0", "--trainer.max_epochs=2", "--model.lr=0.01",
+        "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5",
+    )  # fmt: skip
+    assert any(isinstance(callback, EMAWeightAveraging) for callback in cli.trainer.callbacks)
+    saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    averaged, current = saved["state_dict"], saved["current_model_state"]
+    name = "model.stages.0.block.0.attn.q.weight"
+    assert not torch.equal(averaged[name], current[f"module.{name}" if f"module.{name}" in current else name])
+    ClassificationTask.load_from_checkpoint(folder / "checkpoints/last.ckpt", weights_only=True)
+
+
+def test_other_models_and_checkpointed_gradients():
+    other = task(backbone="resnet18", backbone_options={"drop_rate": 0.1})
+    assert other(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+    x, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
+    gradients = []
+    for how in (False, True):
+        model = task(grad_checkpointing=how)
+        F.cross_entropy(model(x), labels).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"backbone": "shunted_x"}, "timm has no model 'shunted_x'; close names: shunted_"),
+        ({"label_smoothing": 1.5}, "label_smoothing is 1.5, but 0 to 1"),
+        ({"mixup": -1.0}, "mixup is -1.0"),
+        ({"lr_batch": 0}, "lr_batch is 0"),
+        ({"warmup_lr": 1.0}, "warmup_lr is 1.0"),
+        ({"weights": "a.pth", "pretrained": True}, "can start from one of them"),
+    ],
+)
+def test_wrong_numbers_are_told(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        task(**keywords)
+
+
+def test_mixup_needs_pairs():
+    with pytest.raises(ValueError, match="a batch has 5; use an even batch_size"):
+        task(mixup=0.8).training_step((torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)), 0)
+
+
+# --- image folders
+
+
+def test_samples(few):
+    module = data(few, flip=0.0, scale=(1.0, 1.0), crop_pct=1.0)
+    assert (module.class_names, module.num_classes) == (["0", "1", "2"], 3)
+    assert [len(module.datasets[split]) for split in ("train", "val")] == [24, 12]
+    image, label = module.datasets["val"][5]
+    path, expected = module.datasets["val"].samples[5]
+    assert (image.shape, image.dtype, label) == ((3, 32, 32), torch.uint8, expected)
+    with Image.open(path) as file:
+        wanted = np.asarray(file.convert("RGB").resize((32, 32), Image.Resampling.BICUBIC))
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), wanted)
+    images, labels = next(iter(module.train_dataloader()))
+    assert (images.shape, labels.shape) == ((8, 3, 32, 32), (8,))
+
+
+def test_rand_augment_and_the_cut_are_timms(few):
+    transforms = data(few, auto_augment="rand-m9-mstd0.5-inc1").train_transform.transforms
+    policy = next(t for t in transforms if isinstance(t, RandAugment))
+    assert {op.magnitude for op in policy.ops} == {9}
+    assert {op.magnitude_std for op in policy.ops} == {0.5}
+    assert transforms[0].scale == (0.08, 1.0)
+    assert not any(isinstance(t, RandAugment) for t in data(few).train_transform.transforms)
+
+
+def test_repeated_augmentation(few):
+    module = data(few, repeats=3)
+    for epoch in (0, 1):
+        loader = module.train_dataloader()
+        loader.sampler.set_epoch(epoch)
+        indices = list(loader.sampler)
+        assert len(indices) == 24, "as long an epoch"
+        counts = np.bincount(indices, minlength=24)
+        assert set(counts) == {0, 3}
+    trainer = Trainer(max_epochs=1, limit_val_batches=0, **QUIET)
+    trainer.fit(task(), module)
+    assert trainer.train_dataloader.sampler.num_repeats == 3
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: shutil.rmtree(f / "train"), "set/train: no such folder; it should hold a folder of images"),
+        (lambda f: [shutil.rmtree(f / "train" / n) for n in "012"], "set/train: no folder in it"),
+        (lambda f: shutil.rmtree(f / "val/1"), r"val/1: no such folder, but .*train/1 is there \(1 of 3 classes"),
+        (lambda f: shutil.rmtree(f / "train/1"), r"train/1: no such folder, but .*val/1 is there"),
+        (lambda f: [p.unlink() for p in (f / "train/2").iterdir()], "train/2: no image in this class; add some"),
+        (lambda f: [p.unlink() for p in (f / "val/0").iterdir()], "val/0: no image in this class"),
+        (lambda f: [p.rename(p.with_suffix(".gif")) for p in (f / "val/0").iterdir()], r"val/0: .*\.jpg"),
+    ],
+)
+def test_damaged_folders_are_told(folder, damage, message):
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        data(folder)
+
+
+def test_unread_files_are_told(folder, caplog):
+    (folder / "train/0/notes.txt").write_text("to do")
+    data(folder)
+    assert "left out 1 files that are no images, such as" in caplog.text
+    assert "notes.txt" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"nothing", None], ids=["not an image", "truncated"])
+def test_corrupt_images_are_told(folder, content):
+    path = sorted((folder / "train/1").iterdir())[3]
+    path.write_bytes(path.read_bytes()[:60] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{path.name}: not a readable image"):
+        list(data(folder).train_dataloader())
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0"),
+        ({"crop_pct": 1.5}, "crop_pct 1.5"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"scale": (1.0, 0.5)}, "scale is from 1.0 to 0.5"),
+        ({"repeats": 0}, "repeats 0"),
+    ],
+)
+def test_wrong_sizes_are_told(few, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        data(few, **keywords)
+
+
+# --- export
+
+
+def test_export_of_the_authors_weights(tmp_path):
+    torch.save({"model": source_weights(CASES["shunted_s"])}, tmp_path / "ckpt_S.pth")
+    main(["export", str(tmp_path / "ckpt_S.pth"), str(tmp_path / "out")])
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    expected = timm.create_model("shunted_s", checkpoint_path=str(tmp_path / "ckpt_S.pth"))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_export_says_what_it_can_not_write(tmp_path):
+    torch.save(source_weights(CASES["neck_small_sr2"]), tmp_path / "neck.pth")
+    with pytest.raises(ValueError, match=r"neck\.pth holds no backbone: blocks a stage are \(0, 0, 0, 0\)"):
+        main(["export", str(tmp_path / "neck.pth"), str(tmp_path / "out")])
