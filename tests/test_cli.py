@@ -335,4 +335,6 @@ def test_scenes_command(tmp_path):
 def test_help_names_the_other_commands(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "shunted-lit scenes" in capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
+    for command in ("digits", "export", "scenes"):
+        assert f"shunted-lit {command} --help" in told
