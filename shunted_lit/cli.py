@@ -24,6 +24,7 @@ from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
 from shunted_lit.report import RunReport
 from shunted_lit.tasks import BaseTask
+from shunted_lit.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -71,10 +72,22 @@ class ShuntedCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         if config.ckpt_path is None and self.config.subcommand != "fit":
             raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
+        if config.ckpt_path is not None:
+            path = Path(config.ckpt_path)
+            if path.is_file() and "pytorch-lightning_version" not in read_checkpoint(path):
+                raise ValueError(f"{config.ckpt_path} holds no run to go on with; --model.weights may start from it")
+            for name in ("weights", "pretrained"):  # the checkpoint's weights come after them
+                if name in config.model.init_args:
+                    config.model.init_args[name] = None if name == "weights" else False
         asked = dict(config.model.init_args)
+        task = config.model.class_path
         super()._parse_ckpt_path()
+        found = self.config[self.config.subcommand].model.class_path
+        if found != task:
+            raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {task.rpartition('.')[2]}")
+        of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
         for name, value in self.config[self.config.subcommand].model.init_args.items():
-            if name in asked and asked[name] != value:
+            if name in asked and asked[name] != value and name not in of_data:
                 log.warning("model.%s is %s, as in the checkpoint, not %s", name, value, asked[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -8,6 +8,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from shunted_lit.data.digits import check_new
 from shunted_lit.shunted import VARIANTS
 from shunted_lit.tasks import ClassificationTask
 from shunted_lit.weights import from_source_names, read_checkpoint
@@ -18,13 +19,14 @@ def export(source: str, out: Path, format: Literal["safetensors"] = "safetensors
 
     Args:
         source: a checkpoint of `shunted-lit fit`, or weights of a shunted_t, _s or _b, such as the authors'.
-        out: folder to write.
+        out: folder to write; must not exist, or be empty.
         format: "safetensors": model.safetensors and config.json, as Hugging Face's hub has them; once shunted_lit is
             imported, `timm.create_model("local-dir:OUT", pretrained=True)` loads them.
 
     Raises:
         ValueError: a file that holds no classifier and no backbone.
     """
+    check_new(out)
     content = read_checkpoint(source)
     if content.get("task") == ClassificationTask.__name__:
         task = ClassificationTask.load_from_checkpoint(source, map_location="cpu", weights_only=True)
@@ -36,6 +38,8 @@ def export(source: str, out: Path, format: Literal["safetensors"] = "safetensors
     data = content.get("datamodule_hyper_parameters", {})
     size = {"input_size": (3, data["image_size"], data["image_size"])} if "image_size" in data else {}
     kept = {key: data[key] for key in ("crop_pct", "interpolation") if key in data}
+    if kept.get("interpolation") == "random":
+        kept["interpolation"] = "bicubic"  # as in validation
     save_for_hf(
         model.to(memory_format=torch.contiguous_format),
         str(out),
@@ -58,7 +62,8 @@ def backbone_of(path: str, content: dict[str, Any]) -> nn.Module:
     if not variants:
         raise ValueError(f"{path} holds no backbone: blocks a stage are {found}, but {depths} are known")
     classes = len(weights["head.fc.bias"]) if "head.fc.bias" in weights else 0
-    channels = weights["stages.0.patch_embed.conv.0.weight"].shape[1]
+    stem = weights.get("stages.0.patch_embed.conv.0.weight")
+    channels = 3 if stem is None else stem.shape[1]
     model = timm.create_model(variants[0], num_classes=classes, in_chans=channels)
     model.load_state_dict(weights)
     return model

@@ -62,7 +62,9 @@ def draw_predictions(
     seen = sorted({label for target in (*truths, *predictions) for label in target["labels"].tolist()})[:20]
     handles = [Patch(color=class_colour(label), label=class_names[label]) for label in seen]
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)
+        legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # names may hold any character
     figure.savefig(path)
 
 
@@ -82,10 +84,10 @@ def draw_classes(
     ):
         axes.imshow(image.permute(1, 2, 0).cpu().numpy())
         if guess == label:
-            axes.set_title(f"{class_names[guess]} {score:.2f}", fontsize=8)
+            axes.set_title(f"{class_names[guess]} {score:.2f}", fontsize=8, parse_math=False)
         else:
             title = f"{class_names[guess]} {score:.2f}, is {class_names[label]}"
-            axes.set_title(title, fontsize=8, color="red")
+            axes.set_title(title, fontsize=8, color="red", parse_math=False)
     figure.savefig(path)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from shunted_lit.pictures import draw_curves, read_metrics
 from shunted_lit.tasks import BaseTask
@@ -22,17 +22,19 @@ class RunReport(Callback):
     """
 
     def __init__(self, images: int = 9):
+        if images < 0:
+            raise ValueError(f"report.images is {images}, but 0 is the least")
         self.images = images
         self.began = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.began = time.monotonic()
 
-    @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run or trainer.interrupted or not trainer.log_dir:  # type: ignore[attr-defined]
+        log_dir = trainer.log_dir  # asks all ranks, so all have to come here
+        if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted or not log_dir:  # type: ignore[attr-defined]
             return
-        folder = Path(trainer.log_dir)
+        folder = Path(log_dir)
         metrics = folder / "metrics.csv"
         if metrics.is_file():
             draw_curves(folder / "curves.png", metrics)
@@ -59,7 +61,7 @@ class RunReport(Callback):
 
     def _print_table(self, folder: Path, metrics: Path, trainer: Trainer) -> None:
         series = read_metrics(metrics) if metrics.is_file() else {}
-        table = Table("", "best", "last", title=f"{folder}, {time.monotonic() - self.began:.0f} s")
+        table = Table("", "best", "last", title=Text(f"{folder}, {time.monotonic() - self.began:.0f} s"))
         for name, (_, values) in sorted(series.items()):
             if name.startswith("val/") or name == "train/loss":
                 best = min(values) if name.endswith("loss") else max(values)
@@ -70,4 +72,4 @@ class RunReport(Callback):
         for label, path in (("best checkpoint", getattr(checkpoint, "best_model_path", "")),
                             ("last checkpoint", getattr(checkpoint, "last_model_path", ""))):  # fmt: skip
             if path:
-                console.print(f"{label}: {path}", soft_wrap=True)
+                console.print(f"{label}: {path}", soft_wrap=True, markup=False)

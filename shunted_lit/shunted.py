@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -450,6 +450,10 @@ class ShuntedBackbone(SourceWeights):
             raise ValueError(
                 f"dims, depths, num_heads, mlp_ratios, ratios have {counts} entries; give each one a stage"
             )
+        if in_chans < 1 or num_classes < 0 or num_conv < 0:
+            raise ValueError(
+                f"in_chans is {in_chans}, num_classes {num_classes}, num_conv {num_conv}; 1, 0 and 0 are the least"
+            )
         dd = factory_keywords(device, dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
         self.feature_info = []
@@ -484,7 +488,10 @@ class ShuntedBackbone(SourceWeights):
         nearest = max(matches, key=lambda name: matches[name])
         if not matches[nearest]:
             return "They are no Shunted Transformer's"
-        return f"{matches[nearest]} of these {len(shapes)} tensors would fit {nearest}"
+        return (
+            f"{matches[nearest]} of these {len(shapes)} tensors would fit {nearest}; to leave out a head of other "
+            "classes, or to change channels, use pretrained=True, pretrained_cfg_overlay={'file': ...}"
+        )
 
     @staticmethod
     def _check_pool(global_pool: str) -> None:
@@ -593,13 +600,25 @@ default_cfgs = generate_default_cfgs(
 
 
 def pretrained_filter(checkpoint: Mapping[str, Any], model: ShuntedBackbone) -> dict[str, Any]:
-    """Weights by this package's names; timm adapts stem and head, and the rest is checked, which timm may not do."""
-    weights = from_source_names(checkpoint)
-    config: Any = model.default_cfg
-    model.check_weights(weights, but=("head.", config["first_conv"]))
-    classes = len(weights["head.fc.bias"]) if "head.fc.bias" in weights else 0
-    if classes != model.num_classes:
-        log.info("the head is left out: the weights are for %d classes, the model for %d", classes, model.num_classes)
+    """Weights by this package's names, for timm to load; it adapts the stem to other channels.
+
+    What else does not fit is told here, since timm is not strict where classes differ; and a head that does fit is
+    loaded here, since timm leaves it out where the model has not the classes that its configuration gives the weights.
+    """
+    weights, config = from_source_names(checkpoint), cast(dict[str, Any], model.default_cfg)
+    mine = model.state_dict()
+    stem = f"{config['first_conv']}.weight"
+    body = {name: value for name, value in weights.items() if not name.startswith("head.")}
+    heads = {name: value for name, value in mine.items() if name.startswith("head.")}
+    model.check_weights({**body, **heads, **({stem: mine[stem]} if stem in body else {})})
+    if heads and model.num_classes != config["num_classes"]:
+        given = {name: value for name, value in weights.items() if name.startswith("head.")}
+        if {name: value.shape for name, value in given.items()} == {name: v.shape for name, v in heads.items()}:
+            model.load_state_dict(given, strict=False)
+        else:
+            classes = len(given["head.fc.bias"]) if "head.fc.bias" in given else 0
+            counts = f"the weights are for {classes} classes, the model for {model.num_classes}"
+            log.info("the head is left out: %s", counts)
     return weights
 
 

@@ -1,27 +1,48 @@
 """Weights on disk and in dictionaries: the authors' names, what a file holds, and whether it fits."""
 
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 
 def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
-    """Content of a checkpoint or a .safetensors file, on the CPU. Code in a file is never run (`weights_only`)."""
-    if str(path).endswith(".safetensors"):
-        return safetensors.torch.load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Content of a checkpoint or a .safetensors file, on the CPU. Code in a file is never run (`weights_only`).
+
+    Raises:
+        ValueError: a file that is not there, can't be read, or holds nothing by name.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            content: Any = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except UnpicklingError as error:
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {blocked[1]}, which is more than weights" if blocked else "is no checkpoint"
+        raise ValueError(f"{path}: {what}, and is not loaded, as such files can run code") from error
+    except Exception as error:  # whatever a damaged file makes of torch's and safetensors' readers
+        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"{path}: holds no weights by name")
+    return dict(content)
 
 
 def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of a checkpoint by name: from under "state_dict" or "model" and without wrappers' prefixes, if any."""
-    for key in ("state_dict", "model"):
+    """Weights of a checkpoint by name, the averaged ones where it has them, without wrappers' prefixes."""
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
         if isinstance(checkpoint.get(key), Mapping):
-            checkpoint = checkpoint[key]
+            return flatten(checkpoint[key])
     return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): value for name, value in checkpoint.items()}
 
 
@@ -60,6 +81,48 @@ def neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+def misfit(mine: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
+    """What of `weights` is missing, unexpected or of another shape than in `mine`: how many, and the first three."""
+    given = {name: getattr(value, "shape", None) for name, value in weights.items()}
+    faults = {
+        # torch itself adds the counts that old checkpoints lack.
+        "missing": [name for name in mine.keys() - given.keys() if not name.endswith("num_batches_tracked")],
+        "unexpected": list(given.keys() - mine.keys()),
+        "of another shape": [
+            f"{name} {list(given[name] or ())}, but {list(mine[name].shape)} is needed"
+            for name in mine.keys() & given.keys()
+            if mine[name].shape != given[name]
+        ],
+    }
+    told = []
+    for fault, names in faults.items():
+        if names:
+            first = "; ".join(sorted(names)[:3])
+            told.append(f"{len(names)} {fault} ({first}{'; ...' if len(names) > 3 else ''})")
+    return ", ".join(told)
+
+
+def load_all_but_a_head_of_other_classes(model: nn.Module, weights: Mapping[str, Any], heads: Sequence[str]) -> None:
+    """Loads `weights`; where a classifier in `heads` has another shape or is not there, all else, saying so.
+
+    Raises:
+        ValueError: what is not of a head and does not fit.
+    """
+    mine, prefixes = model.state_dict(), tuple(f"{head}." for head in heads)
+    if misfit(
+        {name: value for name, value in mine.items() if name.startswith(prefixes)},
+        {name: value for name, value in weights.items() if name.startswith(prefixes)},
+    ):
+        log.info("the head is left out: that of the weights is for other classes than the model's, or not there")
+        mine, weights = (
+            {name: value for name, value in some.items() if not name.startswith(prefixes)} for some in (mine, weights)
+        )
+    if told := misfit(mine, weights):
+        advice = model.weights_advice(weights) if isinstance(model, SourceWeights) else ""
+        raise ValueError(f"weights do not fit: {told}. {advice}")
+    model.load_state_dict(weights, strict=False)
+
+
 class SourceWeights(nn.Module):
     """What neck and backbone share: the authors' checkpoints load by `load_state_dict` as they are."""
 
@@ -77,28 +140,11 @@ class SourceWeights(nn.Module):
             self.check_weights(from_source_names(state_dict))
         return super().load_state_dict(state_dict, strict, assign)
 
-    def check_weights(self, weights: Mapping[str, Any], but: tuple[str, ...] = ()) -> None:
-        """Raises ValueError where names (this package's) or shapes are not this module's; `but` starts the excepted."""
-        mine = {name: value.shape for name, value in self.state_dict().items()}
-        given = {name: getattr(value, "shape", None) for name, value in weights.items()}
-        faults = {
-            # torch itself adds the counts that old checkpoints lack.
-            "missing": [name for name in mine.keys() - given.keys() if not name.endswith("num_batches_tracked")],
-            "unexpected": list(given.keys() - mine.keys()),
-            "of another shape": [
-                f"{name} {list(given[name] or ())}, but {list(mine[name])} is needed"
-                for name in mine.keys() & given.keys()
-                if mine[name] != given[name]
-            ],
-        }
-        told = []
-        for fault, names in faults.items():
-            names = sorted(name for name in names if not name.startswith(but))
-            if names:
-                told.append(f"{len(names)} {fault} ({'; '.join(names[:3])}{'; ...' if len(names) > 3 else ''})")
-        if told:
+    def check_weights(self, weights: Mapping[str, Any]) -> None:
+        """Raises ValueError where names (this package's) or shapes are not this module's."""
+        if told := misfit(self.state_dict(), weights):
             advice = self.weights_advice(weights)
-            raise ValueError(f"weights do not fit this {type(self).__name__}: {', '.join(told)}. {advice}")
+            raise ValueError(f"weights do not fit this {type(self).__name__}: {told}. {advice}")
 
     def weights_advice(self, weights: Mapping[str, Any]) -> str:
         """What these weights would fit."""

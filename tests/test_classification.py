@@ -1,7 +1,10 @@
 """Classification: the recipe piece by piece, image folders and what is wrong with them, the digits."""
 
 import csv
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,11 +126,10 @@ def test_fine_tuning_from_weights(run, few, caplog, tmp_path):
     best = str(run[1] / "checkpoints/best.ckpt")
     config = ["--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={few}"]
     config += ["--data.image_size=32", "--data.crop_pct=1.0", "--data.batch_size=8", "--data.num_workers=0"]
+    config += ["--model.layer_decay=0.7", "--trainer.max_epochs=1", "--model.lr=1e-9", "--model.min_lr=0"]
     with caplog.at_level("INFO"):
-        cli, folder = fit(
-            *config, f"--model.weights={best}", "--model.layer_decay=0.7", "--trainer.max_epochs=1", "--model.lr=1e-9"
-        )
-    assert "the head is left out: the weights are for 10 classes, the model for 3" in caplog.text
+        cli, folder = fit(*config, f"--model.weights={best}")
+    assert "the head is left out: that of the weights is for other classes" in caplog.text
     trained = torch.load(best, weights_only=True)["state_dict"]
     for name, value in cli.model.model.named_parameters():
         assert name.startswith("head.") or torch.allclose(value, trained[f"model.{name}"], atol=1e-5), name
@@ -302,6 +304,11 @@ def test_other_models_and_checkpointed_gradients():
         ({"lr_batch": 0}, "lr_batch is 0"),
         ({"warmup_lr": 1.0}, "warmup_lr is 1.0"),
         ({"weights": "a.pth", "pretrained": True}, "can start from one of them"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0, but 0 or more"),
+        ({"min_lr": 1.0}, r"min_lr is 1.0, but 0 to lr, 0.001"),
+        ({"layer_decay": 0.0}, "layer_decay is 0"),
+        ({"drop_path_rate": 0.1, "backbone_options": {"drop_path_rate": 0.0}}, "give it once"),
+        ({"backbone_options": {"num_classes": 7}}, "backbone_options name num_classes"),
     ],
 )
 def test_wrong_numbers_are_told(keywords, message):
@@ -312,6 +319,162 @@ def test_wrong_numbers_are_told(keywords, message):
 def test_mixup_needs_pairs():
     with pytest.raises(ValueError, match="a batch has 5; use an even batch_size"):
         task(mixup=0.8).training_step((torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)), 0)
+
+
+# --- runs that others had trouble with
+
+
+def small(folder, *args):
+    return [
+        "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={folder}", "--data.image_size=32",
+        "--data.batch_size=8", "--data.num_workers=0", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", *args,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(few, tmp_path_factory):
+    """A run of three steps, and its folder."""
+    return fit(*small(few, f"--trainer.default_root_dir={tmp_path_factory.mktemp('short')}"))[1]
+
+
+def test_two_processes_train_and_leave_what_one_does(few):
+    args = small(few, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--data.repeats=3")
+    done = subprocess.run(
+        [sys.executable, "-m", "shunted_lit", "fit", *args, "--trainer.accelerator=cpu"],
+        capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("metrics.csv", "curves.png", "predictions.png", "checkpoints/best.ckpt"):
+        assert Path("runs/version_0", name).is_file()
+    assert len(metrics(Path("runs/version_0"), "train/loss")) == 3, "24 images, 2 x 4 a step"
+    assert len(list(Path("runs").iterdir())) == 1
+
+
+def test_steps_alone_set_the_end(few):
+    cli, _ = fit(*small(few, "--trainer.max_epochs=-1", "--trainer.max_steps=4", "--model.lr_batch=8"))
+    assert cli.trainer.global_step == 4
+    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
+
+
+def test_a_resumed_run_takes_the_rate_of_its_own_batches(few):
+    settings = ["--model.lr_batch=8", "--model.warmup_epochs=0"]
+    _, first = fit(*small(few, *settings))
+    last = f"--ckpt_path={first}/checkpoints/last.ckpt"
+    resumed, _ = fit(*small(few, *settings, last, "--data.batch_size=16", "--trainer.max_epochs=2"))
+    assert resumed.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(2e-3)
+    assert resumed.trainer.lr_scheduler_configs[0].scheduler.base_lrs == pytest.approx([2e-3, 2e-3])
+
+
+def test_other_classes_than_the_checkpoints_are_refused(folder, digits, short):
+    checkpoint = f"--ckpt_path={short}/checkpoints/best.ckpt"
+    for split in ("train", "val"):
+        (folder / split / "1").rename(folder / split / "9")
+    with pytest.raises(ValueError, match="class 1 is '1' in the checkpoint, but '2' in the data"):
+        main(["validate", *small(folder, checkpoint)])
+    with pytest.raises(ValueError, match="the checkpoint has 3 classes, but the data have 10"):
+        main(["validate", *small(digits, checkpoint)])
+
+
+def test_checkpoints_of_another_task_are_refused(few, short, tmp_path):
+    with pytest.raises(ValueError, match="the checkpoint is of ClassificationTask, not of DetectionTask"):
+        fit(f"--config={ROOT / 'configs/neck.yaml'}", f"--ckpt_path={short}/checkpoints/last.ckpt")
+    torch.save(source_weights(CASES["shunted_t"]), tmp_path / "t.pth")
+    with pytest.raises(ValueError, match=r"t\.pth holds no run to go on with; --model\.weights may start from it"):
+        fit(*small(few, f"--ckpt_path={tmp_path}/t.pth"))
+
+
+def test_a_runs_config_validates_after_its_start_weights_are_gone(few, short):
+    start = Path(shutil.copy(short / "checkpoints/best.ckpt", "start.ckpt"))
+    _, folder = fit(*small(few, f"--model.weights={start}"))
+    start.unlink()
+    main(["validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt"])
+
+
+def test_names_of_folders_may_hold_anything(folder):
+    for split in ("train", "val"):
+        (folder / split / "1").rename(folder / split / "$1_a_b$")
+    _, run = fit(*small(folder, "--trainer.default_root_dir=run[/x]"))
+    assert (run / "predictions.png").is_file()
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_precisions(few, precision):
+    _, folder = fit(*small(few, f"--trainer.precision={precision}"))
+    assert np.isfinite(metrics(folder, "train/loss")).all()
+
+
+def test_decay_spares_what_a_model_asks_for():
+    model = task(backbone="vit_tiny_patch16_224", backbone_options={"img_size": 32})
+    for decayed in (
+        model.parameter_groups(),
+        task(backbone="vit_tiny_patch16_224", backbone_options={"img_size": 32}, layer_decay=0.9).parameter_groups(),
+    ):
+        shapes = [tuple(p.shape) for group in decayed if group["weight_decay"] for p in group["params"]]
+        assert shapes
+        assert (1, 1, 192) not in shapes, "the class token"
+
+
+# --- files to start from
+
+
+def write(path, content):
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a readable checkpoint"),
+        (b"<html>", "is no checkpoint, and is not loaded"),
+        (torch.zeros(3), "holds no weights by name"),
+        ({}, "holds no weights by name"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear, which is more than weights, and is not loaded"),
+        ({"fc.weight": torch.zeros(3, 4)}, "no Shunted Transformer's"),
+    ],
+)
+def test_files_that_are_no_weights(content, message, tmp_path):
+    path = write(tmp_path / "file.pth", content)
+    with pytest.raises(ValueError, match=message):
+        task(weights=path)
+
+
+def test_truncated_files(tmp_path):
+    whole = Path(write(tmp_path / "whole.pth", source_weights(CASES["neck_small_sr2"]))).read_bytes()
+    safe = tmp_path / "cut.safetensors"
+    safe.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
+    for path in (write(tmp_path / "cut.pth", whole[:-500]), str(safe), str(tmp_path / "none.pth")):
+        with pytest.raises(ValueError, match=rf"{Path(path).name}: (not a readable checkpoint|no such file)"):
+            task(weights=path)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "shunted_s"])
+def test_weights_of_another_model_are_refused(backbone, tmp_path):
+    path = write(tmp_path / "t.pth", source_weights(CASES["shunted_t"]))
+    with pytest.raises(ValueError, match=r"weights do not fit: \d+ missing"):
+        task(backbone=backbone, weights=path)
+
+
+def test_weights_without_a_stem_are_refused(tmp_path):
+    weights = source_weights(CASES["shunted_t"])
+    del weights["patch_embed1.conv.0.weight"]
+    path = write(tmp_path / "t.pth", weights)
+    with pytest.raises(ValueError, match=r"1 missing \(stages\.0\.patch_embed\.conv\.0\.weight\)"):
+        task(weights=path)
+    with pytest.raises(ValueError, match=r"1 missing \(stages\.0\.patch_embed\.conv\.0\.weight\)"):
+        timm.create_model("shunted_t", pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7)
+
+
+@pytest.mark.parametrize("backbone", ["shunted_t", "resnet18", "levit_128s"])
+def test_a_head_that_fits_is_kept(backbone, tmp_path):
+    trained = task(backbone=backbone, backbone_options={})
+    path = write(tmp_path / "trained.pth", trained.model.state_dict())
+    torch.testing.assert_close(
+        task(backbone=backbone, weights=path).model.state_dict(), trained.model.state_dict(), rtol=0, atol=0
+    )
+    if backbone == "shunted_t":
+        other = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=3)
+        torch.testing.assert_close(other.state_dict(), trained.model.state_dict(), rtol=0, atol=0)
 
 
 # --- image folders
@@ -375,8 +538,20 @@ def test_damaged_folders_are_told(folder, damage, message):
 def test_unread_files_are_told(folder, caplog):
     (folder / "train/0/notes.txt").write_text("to do")
     data(folder)
-    assert "left out 1 files that are no images, such as" in caplog.text
+    assert "left out 1 files that are no images of a class, such as" in caplog.text
     assert "notes.txt" in caplog.text
+    shutil.copy(next((folder / "train/0").glob("*.png")), folder / "train/stray.png")
+    data(folder)
+    assert "left out 2 files" in caplog.text
+
+
+def test_hidden_folders_are_no_classes(folder):
+    for split in ("train", "val"):
+        shutil.copytree(folder / split / "0", folder / split / ".ipynb_checkpoints")
+        shutil.copytree(folder / split / "0", folder / split / "0/.ipynb_checkpoints")
+    module = data(folder)
+    assert module.class_names == ["0", "1", "2"]
+    assert len(module.datasets["train"]) == 24
 
 
 @pytest.mark.parametrize("content", [b"nothing", None], ids=["not an image", "truncated"])
@@ -395,6 +570,9 @@ def test_corrupt_images_are_told(folder, content):
         ({"batch_size": 0}, "batch_size is 0"),
         ({"scale": (1.0, 0.5)}, "scale is from 1.0 to 0.5"),
         ({"repeats": 0}, "repeats 0"),
+        ({"flip": 2.0}, "flip is 2.0"),
+        ({"scale": (2.0, 3.0)}, "up to 1"),
+        ({"val": "train"}, "is to train and to validate"),
     ],
 )
 def test_wrong_sizes_are_told(few, keywords, message):
@@ -411,6 +589,11 @@ def test_export_of_the_authors_weights(tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     expected = timm.create_model("shunted_s", checkpoint_path=str(tmp_path / "ckpt_S.pth"))
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_export_writes_over_nothing(short, tmp_path):
+    with pytest.raises(ValueError, match="not empty; name a new folder"):
+        main(["export", str(short / "checkpoints/best.ckpt"), str(short)])
 
 
 def test_export_says_what_it_can_not_write(tmp_path):

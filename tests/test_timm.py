@@ -147,7 +147,7 @@ def cut(weights):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (cut, r"1(60|58) missing \(.*; \.\.\.\)\. 100 of these 100 tensors would fit shunted_t"),
+        (cut, r"1(60|58) missing \(.*; \.\.\.\)\. 100 of these 100 tensors would fit shunted_t; to leave out"),
         (lambda _: source_weights(CASES["shunted_s"]), r"unexpected \(.*would fit shunted_s"),
         (lambda _: timm.create_model("resnet18").state_dict(), "no Shunted Transformer's"),
         (lambda _: source_weights(CASES["neck_small_sr2"]), "no Shunted Transformer's"),

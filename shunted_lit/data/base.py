@@ -228,10 +228,15 @@ def read_image(path: Path | str) -> Image.Image:
     try:
         with Image.open(path) as image:
             upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
-            if upright.mode.startswith("I"):  # 16 bits a pixel, which PIL would clip to white
-                upright = Image.fromarray((np.asarray(upright, dtype=np.float32) / 257).clip(0, 255).astype(np.uint8))
+            if upright.mode.startswith(("I", "F")):  # 16 bits a pixel or more, which PIL would clip to white
+                pixels = np.asarray(upright, dtype=np.float64)
+                if not (pixels.size and pixels.min() >= 0 and pixels.max() < 2**16) or upright.mode == "F":
+                    raise ValueError(f"mode {upright.mode}: 8 or 16 bits a pixel are read")
+                if upright.mode.startswith("I;16") or pixels.max() > 255:
+                    pixels /= 257
+                upright = Image.fromarray(pixels.astype(np.uint8))
             return upright.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error

@@ -1,9 +1,10 @@
 """Labelled images in folders, one a class: ImageNet's layout."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 from timm.data import create_transform
@@ -18,6 +19,32 @@ log = logging.getLogger(__name__)
 
 class RepeatedAugmentation(RepeatAugSampler, DistributedSampler):
     """timm's sampler; being a DistributedSampler by name, Lightning leaves it in its place."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another order in each epoch, and for each seed of Lightning's, which all ranks share."""
+        super().set_epoch(epoch + 100_003 * int(os.environ.get("PL_GLOBAL_SEED", 0)))
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's, without hidden folders and files, and with a count of what it does not read."""
+
+    def __init__(self, folder: Path, transform: Callable[[Image.Image], Any]):
+        self.root_folder = folder
+        self.unread: list[str] = [str(p) for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
+        super().__init__(str(folder), transform, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = class_folders(Path(directory))
+        return names, {name: label for label, name in enumerate(names)}
+
+    def is_image(self, path: str) -> bool:
+        parts = Path(path).relative_to(self.root_folder).parts
+        if any(part.startswith(".") for part in parts):
+            return False
+        if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+            return True
+        self.unread.append(path)
+        return False
 
 
 class ImageFolderDataModule(BaseDataModule):
@@ -54,7 +81,7 @@ class ImageFolderDataModule(BaseDataModule):
         val: str = "val",
         image_size: int = 224,
         crop_pct: float = 0.875,
-        interpolation: str = "bicubic",
+        interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = "bicubic",
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
@@ -71,10 +98,17 @@ class ImageFolderDataModule(BaseDataModule):
                 f"image_size is {image_size}, crop_pct {crop_pct} and repeats {repeats}; "
                 "at least 1, 0 to 1, and at least 1 are needed"
             )
+        if not 0 <= flip <= 1 or color_jitter < 0 or scale[1] > 1:
+            raise ValueError(
+                f"flip is {flip}, color_jitter {color_jitter} and scale {scale}; "
+                "0 to 1, at least 0, and up to 1 are needed"
+            )
         for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
             if not 0 < low <= high:
                 raise ValueError(f"{name} is from {low} to {high}, but positive and rising numbers are needed")
         self.folders = {"train": Path(root, train), "val": Path(root, val)}
+        if self.folders["train"] == self.folders["val"]:
+            raise ValueError(f"{self.folders['train']} is to train and to validate; name a held-out folder for val")
         self.repeats = repeats
         self.class_names = class_folders(self.folders["train"])
         size: dict[str, Any] = {"input_size": image_size, "normalize": False}
@@ -103,30 +137,23 @@ class ImageFolderDataModule(BaseDataModule):
                 f"{here / name}: no such folder, but {there / name} is there ({len(differ_from)} of "
                 f"{len(self.class_names)} classes are in one split alone); both splits need all classes, with images"
             )
-        unread: list[str] = []
-
-        def is_image(path: str) -> bool:
-            if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-                return True
-            unread.append(path)
-            return False
-
-        dataset = ImageFolder(str(folder), transform, loader=read_image, is_valid_file=is_image, allow_empty=True)
+        dataset = ClassFolders(folder, transform)
         for label in sorted(set(range(len(self.class_names))) - set(dataset.targets)):
             raise ValueError(
                 f"{folder / self.class_names[label]}: no image in this class; add some (they end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder from all splits"
             )
-        if unread:
-            log.warning("%s: left out %d files that are no images, such as %s", folder, len(unread), unread[0])
+        if dataset.unread:
+            count, first = len(dataset.unread), dataset.unread[0]
+            log.warning("%s: left out %d files that are no images of a class, such as %s", folder, count, first)
         return dataset
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Only whole batches, where there is one: mixup needs pairs, and BatchNorm more than one image."""
-        whole = len(self.datasets["train"]) >= self.batch_size  # type: ignore[arg-type]
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        whole = len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
         if self.repeats == 1:
             return self.loader("train", shuffle=True, drop_last=whole)
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = RepeatedAugmentation(
             self.datasets["train"], replicas, rank, num_repeats=self.repeats, selected_round=0
         )
@@ -137,7 +164,7 @@ def class_folders(folder: Path) -> list[str]:
     """Names of the folders in `folder`, which are the classes, in alphabetical order."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; it should hold a folder of images for each class")
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
         raise ValueError(f"{folder}: no folder in it; it should hold one of images for each class")
     return names

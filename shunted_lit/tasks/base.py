@@ -5,11 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
+import torch
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.optim import param_groups_weight_decay
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+
+class Schedule(LambdaLR):
+    """A run resumed with more epochs, or larger batches, follows its own schedule, not that of its checkpoint."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        base_lrs = self.base_lrs
+        super().load_state_dict(state_dict)  # functions are not in it
+        self.base_lrs = base_lrs
+        for group, lr, factor in zip(self.optimizer.param_groups, base_lrs, self.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = lr, lr * factor(self.last_epoch)
 
 
 class BaseTask(LightningModule):
@@ -48,14 +60,16 @@ class BaseTask(LightningModule):
     ):
         super().__init__()
         bounds = {
-            "lr": lr > 0,
-            "warmup_epochs": warmup_epochs >= 0,
-            "warmup_lr": 0 <= warmup_lr <= lr,
-            "lr_batch": lr_batch is None or lr_batch > 0,
+            "lr": (lr > 0, "above 0"),
+            "weight_decay": (weight_decay >= 0, "0 or more"),
+            "warmup_epochs": (warmup_epochs >= 0, "0 or more"),
+            "min_lr": (0 <= min_lr <= lr, f"0 to lr, {lr:g}"),
+            "warmup_lr": (0 <= warmup_lr <= lr, f"0 to lr, {lr:g}"),
+            "lr_batch": (lr_batch is None or lr_batch > 0, "1 or more"),
         }
-        for name, within in bounds.items():
+        for name, (within, rule) in bounds.items():
             if not within:
-                raise ValueError(f"{name} is {locals()[name]}, which is out of bounds")
+                raise ValueError(f"{name} is {locals()[name]}, but {rule} is needed")
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names, but num_classes is {num_classes}")
         self.class_names = list(class_names or map(str, range(num_classes)))
@@ -64,6 +78,23 @@ class BaseTask(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__  # so that a file alone tells what it is
+        checkpoint["class_names"] = self.class_names
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError where the checkpoint is of another task, or of other classes."""
+        task, names = checkpoint.get("task", type(self).__name__), checkpoint.get("class_names", self.class_names)
+        if task != type(self).__name__:
+            raise ValueError(f"the checkpoint is of {task}, not of {type(self).__name__}")
+        if len(names) != len(self.class_names):
+            raise ValueError(f"the checkpoint has {len(names)} classes, but the data have {len(self.class_names)}")
+        for label, (theirs, ours) in enumerate(zip(names, self.class_names, strict=True)):
+            if theirs != ours:
+                raise ValueError(f"class {label} is {theirs!r} in the checkpoint, but {ours!r} in the data")
+
+    def on_fit_start(self) -> None:
+        """Gives each rank random numbers of its own, once all have the same network."""
+        if self.trainer.world_size > 1:
+            seed_everything(torch.initial_seed() % 2**31 + self.global_rank, verbose=False, workers=False)
 
     def draw(self, path: Path, samples: Sequence[Any]) -> None:
         """Writes a picture of what is predicted for samples of a data set, beside their truth."""
@@ -71,13 +102,21 @@ class BaseTask(LightningModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """What trains, for the optimizer: groups with their `weight_decay`, and `lr_scale` where rates differ."""
-        return param_groups_weight_decay(self, self.weight_decay)
+        return param_groups_weight_decay(self, self.weight_decay, no_weight_decay_list=self.no_weight_decay())
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that the networks in here want without decay, besides those of one dimension."""
+        names: set[str] = set()
+        for prefix, module in self.named_modules():
+            if module is not self and callable(wish := getattr(module, "no_weight_decay", None)):
+                names.update(f"{prefix}.{name}" for name in wish())
+        return names
 
     def lr_factor(self) -> float:
         """How many times `lr_batch` a step has images over all devices; 1 where rates are not to be scaled."""
         if self.lr_batch is None:
             return 1.0
-        images = getattr(self.trainer.train_dataloader, "batch_size", 1)
+        images: int = self.trainer.train_dataloader.batch_size  # type: ignore[union-attr]
         batch = images * self.trainer.accumulate_grad_batches * self.trainer.world_size
         factor = batch / self.lr_batch
         rank_zero_info(f"{batch} images a step: the learning rate is {self.lr:g} x {factor:g} = {self.lr * factor:g}")
@@ -85,6 +124,7 @@ class BaseTask(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Over the parameters that train; `--trainer.max_epochs` or `max_steps` sets the schedule's length."""
+        self.trainer.fit_loop.setup_data()  # which Lightning leaves for later where max_epochs is not given
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("training has no end, so the learning rate has no schedule: set --trainer.max_epochs")
@@ -104,6 +144,5 @@ class BaseTask(LightningModule):
         # Lightning clips no gradients of a fused optimizer in mixed precision.
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = AdamW(groups, lr=lr, fused=fused)
-        # A function is not kept in checkpoints: a run resumed with more epochs follows its own, longer schedule.
-        scheduler = LambdaLR(optimizer, factor)
+        scheduler = Schedule(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -18,8 +18,9 @@ from torchvision.transforms.v2.functional import to_dtype
 
 from shunted_lit.features import check_model_name
 from shunted_lit.pictures import draw_classes
+from shunted_lit.shunted import ShuntedBackbone
 from shunted_lit.tasks.base import BaseTask
-from shunted_lit.weights import flatten, read_checkpoint
+from shunted_lit.weights import flatten, from_source_names, load_all_but_a_head_of_other_classes, read_checkpoint
 
 Batch = tuple[Tensor, Tensor]
 
@@ -91,15 +92,22 @@ class ClassificationTask(BaseTask):
         super().__init__(num_classes, class_names, lr, weight_decay, warmup_epochs, min_lr, warmup_lr, lr_batch)
         # A checkpoint holds weights of its own: it must load where that file is not, and without the network.
         self.save_hyperparameters(ignore=["pretrained", "weights"])
+        if num_classes < 2:
+            raise ValueError(f"num_classes is {num_classes}, but there is nothing to tell apart with less than 2")
         shares = {
             "drop_path_rate": drop_path_rate, "mixup_prob": mixup_prob, "mixup_switch_prob": mixup_switch_prob,
-            "random_erasing": random_erasing, "label_smoothing": label_smoothing, "layer_decay": layer_decay or 0.0,
+            "random_erasing": random_erasing, "label_smoothing": label_smoothing,
+            "layer_decay": 1.0 if layer_decay is None else layer_decay,
         }  # fmt: skip
         for name, share in shares.items():
             if not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}, but 0 to 1 is possible")
         if mixup < 0 or cutmix < 0:
             raise ValueError(f"mixup is {mixup} and cutmix {cutmix}, but both are 0 or more")
+        if layer_decay == 0:
+            raise ValueError("layer_decay is 0, which trains the head alone; null is for equal rates")
+        if drop_path_rate and "drop_path_rate" in (backbone_options or {}):
+            raise ValueError("drop_path_rate is in backbone_options as well; give it once")
         if drop_path_rate:
             backbone_options = {"drop_path_rate": drop_path_rate, **(backbone_options or {})}
         model: Any = build_classifier(backbone, num_classes, pretrained, weights, backbone_options or {})
@@ -122,20 +130,30 @@ class ClassificationTask(BaseTask):
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.layer_decay is None:
             return super().parameter_groups()
-        return param_groups_layer_decay(self.model, self.weight_decay, layer_decay=self.layer_decay)
+        spared = {name.removeprefix("model.") for name in self.no_weight_decay()}
+        return param_groups_layer_decay(
+            self.model, self.weight_decay, no_weight_decay_list=spared, layer_decay=self.layer_decay
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), uint8, or floating in 0..1 -> logits (B, num_classes)."""
-        return self.model(self.normalize(to_dtype(images, torch.float32, scale=True)))
+        return self.model(self.prepare(images))
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Normalized, in the precision of the network."""
+        return self.normalize(to_dtype(images, torch.float32, scale=True)).to(self.dtype)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
-        images = self.normalize(to_dtype(images, torch.float32, scale=True))
+        images = self.prepare(images)
         if self.random_erasing:
             images = RandomErasing(self.random_erasing, mode="pixel", device=images.device)(images)
         if self.mixup is not None:
             if len(images) % 2:
-                raise ValueError(f"mixup and cutmix pair images, but a batch has {len(images)}; use an even batch_size")
+                raise ValueError(
+                    f"mixup and cutmix pair images, but a batch has {len(images)}; use an even batch_size, "
+                    "no larger than the training set of a device"
+                )
             images, labels = self.mixup(images, labels)
         # On mixed labels (B, num_classes) as on plain ones, smoothing comes to what timm's losses do.
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
@@ -174,13 +192,15 @@ def build_classifier(
         ValueError: an unknown name, both kinds of weights, weights that do not fit.
     """
     check_model_name(name)
+    if taken := sorted({"num_classes", "features_only", "pretrained", "checkpoint_path"} & options.keys()):
+        raise ValueError(f"backbone_options name {', '.join(taken)}, which the task itself gives to timm")
     if weights is None:
         return timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **options)
     if pretrained:
         raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
-    state = flatten(read_checkpoint(weights))
-    head = getattr(timm.get_pretrained_cfg(name), "classifier", None)
-    biases = [state[key] for key in (f"{head}.bias", "head.bias") if key in state]  # the latter is the authors' name
-    # timm leaves the head out where the model's classes are not as many as this says that the weights have.
-    overlay = {"state_dict": state, "num_classes": len(biases[0]) if biases else 0}
-    return timm.create_model(name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay, **options)
+    model: Any = timm.create_model(name, num_classes=num_classes, **options)
+    content = read_checkpoint(weights)
+    state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    load_all_but_a_head_of_other_classes(model, state, (heads,) if isinstance(heads, str) else heads)
+    return model
