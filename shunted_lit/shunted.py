@@ -606,11 +606,10 @@ def pretrained_filter(checkpoint: Mapping[str, Any], model: ShuntedBackbone) -> 
     loaded here, since timm leaves it out where the model has not the classes that its configuration gives the weights.
     """
     weights, config = from_source_names(checkpoint), cast(dict[str, Any], model.default_cfg)
-    mine = model.state_dict()
     stem = f"{config['first_conv']}.weight"
-    body = {name: value for name, value in weights.items() if not name.startswith("head.")}
-    heads = {name: value for name, value in mine.items() if name.startswith("head.")}
-    model.check_weights({**body, **heads, **({stem: mine[stem]} if stem in body else {})})
+    heads, body = ({k: v for k, v in model.state_dict().items() if k.startswith("head.") is it} for it in (True, False))
+    given = {k: body[k] if k == stem else v for k, v in weights.items() if not k.startswith("head.")}
+    model.check_weights(given, body)
     if heads and model.num_classes != config["num_classes"]:
         given = {name: value for name, value in weights.items() if name.startswith("head.")}
         if {name: value.shape for name, value in given.items()} == {name: v.shape for name, v in heads.items()}:

@@ -140,9 +140,9 @@ class SourceWeights(nn.Module):
             self.check_weights(from_source_names(state_dict))
         return super().load_state_dict(state_dict, strict, assign)
 
-    def check_weights(self, weights: Mapping[str, Any]) -> None:
-        """Raises ValueError where names (this package's) or shapes are not this module's."""
-        if told := misfit(self.state_dict(), weights):
+    def check_weights(self, weights: Mapping[str, Any], mine: Mapping[str, Tensor] | None = None) -> None:
+        """Raises ValueError where names (this package's) or shapes are not this module's, or not those of `mine`."""
+        if told := misfit(self.state_dict() if mine is None else mine, weights):
             advice = self.weights_advice(weights)
             raise ValueError(f"weights do not fit this {type(self).__name__}: {told}. {advice}")
 

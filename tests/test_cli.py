@@ -190,11 +190,12 @@ def test_endless_training_is_told():
 def test_a_resumed_run_follows_its_own_longer_schedule():
     steps = [*QUICK, "--data.batch_size=8", "--model.warmup_epochs=0"]
     _, first = fit(*steps, "--trainer.max_epochs=1")
-    resumed, _ = fit(
-        *steps, "--trainer.max_epochs=2", f"--ckpt_path={first}/checkpoints/last.ckpt", "--trainer.max_steps=6"
-    )
-    rate = resumed.trainer.optimizers[0].param_groups[0]["lr"]
-    assert rate == pytest.approx(1e-6), "6 of 6 steps: the end of the longer schedule"
+    _, second = fit(
+        *steps, "--trainer.max_epochs=3", f"--ckpt_path={first}/checkpoints/last.ckpt",
+        "--trainer.callbacks+=LearningRateMonitor",
+    )  # fmt: skip
+    expected = [1e-6 + (0.002 - 1e-6) * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(4, 12)]
+    assert metrics(second, "lr-AdamW/pg1") == pytest.approx(expected)
 
 
 def test_settings_that_a_checkpoint_overrides_are_told(caplog):
