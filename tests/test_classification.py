@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,6 +351,19 @@ def test_two_processes_train_and_leave_what_one_does(few):
     assert len(list(Path("runs").iterdir())) == 1
 
 
+def test_ranks_draw_other_numbers_but_share_the_order_of_images(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "5")
+    model, drawn = task(), []
+    for rank in (0, 1):
+        torch.manual_seed(5)
+        monkeypatch.setattr(ClassificationTask, "trainer", SimpleNamespace(world_size=2, global_rank=rank))
+        model.on_fit_start()
+        drawn.append((torch.rand(1).item(), np.random.rand()))
+    assert drawn[0][0] != drawn[1][0]
+    assert drawn[0][1] != drawn[1][1]
+    assert os.environ["PL_GLOBAL_SEED"] == "5"
+
+
 def test_steps_alone_set_the_end(few):
     cli, _ = fit(*small(few, "--trainer.max_epochs=-1", "--trainer.max_steps=4", "--model.lr_batch=8"))
     assert cli.trainer.global_step == 4
@@ -387,7 +401,8 @@ def test_a_runs_config_validates_after_its_start_weights_are_gone(few, short):
     start = Path(shutil.copy(short / "checkpoints/best.ckpt", "start.ckpt"))
     _, folder = fit(*small(few, f"--model.weights={start}"))
     start.unlink()
-    main(["validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt"])
+    cli = main(["validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt"])
+    assert metrics(Path(cli.trainer.log_dir), "val/acc1") == pytest.approx(metrics(folder, "val/acc1"), abs=1e-6)
 
 
 def test_names_of_folders_may_hold_anything(folder):

@@ -1,12 +1,14 @@
 """What all tasks share: optimizer, schedule, names of the classes."""
 
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import LightningModule, seed_everything
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.optim import param_groups_weight_decay
 from torch.optim import AdamW
@@ -93,8 +95,10 @@ class BaseTask(LightningModule):
 
     def on_fit_start(self) -> None:
         """Gives each rank random numbers of its own, once all have the same network."""
-        if self.trainer.world_size > 1:
-            seed_everything(torch.initial_seed() % 2**31 + self.global_rank, verbose=False, workers=False)
+        if self.trainer.world_size > 1:  # not Lightning's seed: from that all ranks draw the same order of the images
+            seed = torch.initial_seed() % 2**31 + self.trainer.global_rank
+            for generator in (random.seed, np.random.seed, torch.manual_seed):
+                generator(seed)
 
     def draw(self, path: Path, samples: Sequence[Any]) -> None:
         """Writes a picture of what is predicted for samples of a data set, beside their truth."""
