@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
+from shunted_lit.benchmark import benchmark
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
@@ -29,7 +30,12 @@ from shunted_lit.weights import read_checkpoint
 log = logging.getLogger(__name__)
 
 # Commands that are plain functions: their arguments and help come from signature and docstring.
-COMMANDS: dict[str, Callable[..., Any]] = {"digits": write_digits, "export": export, "scenes": write_scenes}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "benchmark": benchmark,
+    "digits": write_digits,
+    "export": export,
+    "scenes": write_scenes,
+}
 
 EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in COMMANDS)
 

@@ -92,6 +92,51 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
     return x.flatten(1, 2).unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
+    """softmax(q k^T scale) v of (B, heads, N, d) and (B, heads, M, d) -> (B, heads, N, d)."""
+    plain = False if torch.jit.is_scripting() else small(q, k)
+    if plain:
+        weights = torch.softmax((q * scale) @ k.transpose(-2, -1), -1)
+        return F.dropout(weights, dropout) @ v
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+
+
+SMALL_ATTENTION = 2**24  # attention weights: 32 MB in bfloat16
+
+
+def small(q: Tensor, k: Tensor) -> bool:
+    """Whether plain products are faster than torch's fused attention: in bfloat16 on processors, with small maps."""
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # with sizes that are free
+    if exporting or not q.is_cpu or q.dtype != torch.bfloat16:
+        return False
+    B, heads, N, _ = q.shape
+    return B * heads * N * k.shape[2] <= SMALL_ATTENTION
+
+
+torch.fx.wrap("attention")
+
+
+WIDE = 2**21  # elements of a map from which to save memory: below, it costs more time than it is worth
+
+
+def recomputes(x: Tensor) -> bool:
+    """Whether a short stretch with wider maps than x inside is computed again by a backward pass, not kept for it."""
+    # Compilers decide by themselves what to keep, and a symbolic trace (no Tensor) has no backward pass.
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.numel() >= WIDE
+
+
+class ResidualDepthwise(nn.Conv2d):
+    """x + depthwise 3x3 convolution of x, (B, H, W, C) -> the same: one convolution, x in the kernels' centres."""
+
+    def __init__(self, channels: int, **dd):
+        super().__init__(channels, channels, 3, padding=1, groups=channels, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        centre = F.pad(self.weight.new_ones([1, 1, 1, 1]), [1, 1, 1, 1])
+        return to_tokens(self._conv_forward(to_image(x), self.weight + centre, self.bias))
+
+
 class PlainHeads(nn.Module):
     """Heads that attend to every token as it is: all heads of a stage with r = 1 (stage 4 of the paper's Table 1).
 
@@ -112,13 +157,8 @@ class PlainHeads(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Eq. 3: queries (B, H, W, C) on keys and values (B, h, w, C) -> (B, H, W, C)."""
-        out = F.scaled_dot_product_attention(
-            split_heads(q, self.num_heads),
-            split_heads(k, self.num_heads),
-            split_heads(v, self.num_heads),
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
-        )
+        q_, k_, v_ = (split_heads(x, self.num_heads) for x in (q, k, v))
+        out = attention(q_, k_, v_, self.scale, self.attn_drop if self.training else 0.0)
         return out.transpose(1, 2).reshape(q.shape)
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
@@ -138,13 +178,22 @@ class ShuntedHeads(PlainHeads):
         self.norm = nn.LayerNorm(dim, **dd)
 
     def aggregate(self, x: Tensor) -> Tensor:
-        """MTA(.; r): (B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C)."""
-        x = self.sr(pad_to_multiple(to_image(x), self.ratio))
-        return F.gelu(self.norm(to_tokens(x)))
+        """The convolution of MTA(.; r): (B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C)."""
+        return to_tokens(self.sr(pad_to_multiple(to_image(x), self.ratio)))
+
+    def keys_and_values(self, merged: Tensor) -> Tensor:
+        """The rest of it, and the projection: (B, h, w, C) -> (B, h, w, 2 * heads * d)."""
+        return self.kv(F.gelu(self.norm(merged)))
 
     def forward(self, q: Tensor, x: Tensor) -> Tensor:
         """Queries (B, H, W, heads * d) and tokens (B, H, W, C) -> (B, H, W, heads * d)."""
-        k, v = self.kv(self.aggregate(x)).chunk(2, dim=-1)
+        if torch.jit.is_scripting():
+            kv = self.keys_and_values(self.aggregate(x))
+        elif recomputes(x):
+            kv = checkpoint(self.keys_and_values, self.aggregate(x), use_reentrant=False, preserve_rng_state=False)
+        else:
+            kv = self.keys_and_values(self.aggregate(x))
+        k, v = kv.chunk(2, dim=-1)
         return self.attend(q, k, v + self.enhance(v))
 
 
@@ -201,16 +250,25 @@ class DetailSpecificFeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float = 0.0, **dd):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.dwconv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, **dd)
+        self.dwconv = ResidualDepthwise(hidden, **dd)
         self.fc2 = nn.Linear(hidden, dim, **dd)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x = self.fc1(x)
-        x = to_tokens(self.dwconv(to_image(x))).add_(x)  # in place: these maps are the widest, and new memory is slow
+        if torch.jit.is_scripting():
+            x = self.refine(self.fc1(x))
+        elif recomputes(x):
+            x = checkpoint(self.refine, self.fc1(x), use_reentrant=False, preserve_rng_state=self.drop.p > 0)
+        else:
+            x = self.refine(self.fc1(x))
+        return self.drop(x)
+
+    def refine(self, x: Tensor) -> Tensor:
+        """From the first layer's output to the second's: (B, H, W, hidden) -> (B, H, W, C)."""
+        x = self.dwconv(x)  # a name for all, so that no map is held longer than it is needed: these are the widest
         x = F.gelu(x)
-        return self.drop(self.fc2(self.drop(x)))
+        return self.fc2(self.drop(x))
 
 
 class Block(nn.Module):
@@ -228,7 +286,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) -> (B, H, W, C)."""
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return self.feed(self.attend(x))
+
+    def attend(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.attn(self.norm1(x)))
+
+    def feed(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -289,7 +352,10 @@ class Stage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.patch_embed(check_channels(x, self.cin).contiguous(memory_format=torch.channels_last))
         for block in self.block:
-            x = checkpoint(block, x) if self.grad_checkpointing and not torch.jit.is_scripting() else block(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block.feed, checkpoint(block.attend, x))  # half a block's maps at a time
+            else:
+                x = block(x)
         return to_image(self.norm(x))
 
 

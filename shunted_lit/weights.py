@@ -1,5 +1,6 @@
 """Weights on disk and in dictionaries: the authors' names, what a file holds, and whether it fits."""
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from os import PathLike
 from pickle import UnpicklingError
 from typing import Any
 
-import safetensors.torch
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,11 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
     """
     try:
         if str(path).endswith(".safetensors"):
-            content: Any = safetensors.torch.load_file(path)
+            with safetensors.safe_open(path, "pt") as file:
+                content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+                keywords = (file.metadata() or {}).get("neck")  # as `shunted-lit export` writes them
+            if keywords:
+                content = {"state_dict": content, "hyper_parameters": {"neck": json.loads(keywords)}}
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -108,7 +108,7 @@ def test_the_digits_checkpoint_is_a_timm_model(run, digits, tmp_path):
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
 
-    main(["export", best, str(tmp_path / "out"), "--format=safetensors"])
+    main(["export", best, "--out", str(tmp_path / "out"), "--format=safetensors"])
     exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     doors = [
         timm.create_model("shunted_t", num_classes=10, checkpoint_path=best),
@@ -593,25 +593,3 @@ def test_corrupt_images_are_told(folder, content):
 def test_wrong_sizes_are_told(few, keywords, message):
     with pytest.raises(ValueError, match=message):
         data(few, **keywords)
-
-
-# --- export
-
-
-def test_export_of_the_authors_weights(tmp_path):
-    torch.save({"model": source_weights(CASES["shunted_s"])}, tmp_path / "ckpt_S.pth")
-    main(["export", str(tmp_path / "ckpt_S.pth"), str(tmp_path / "out")])
-    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    expected = timm.create_model("shunted_s", checkpoint_path=str(tmp_path / "ckpt_S.pth"))
-    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
-
-
-def test_export_writes_over_nothing(short, tmp_path):
-    with pytest.raises(ValueError, match="not empty; name a new folder"):
-        main(["export", str(short / "checkpoints/best.ckpt"), str(short)])
-
-
-def test_export_says_what_it_can_not_write(tmp_path):
-    torch.save(source_weights(CASES["neck_small_sr2"]), tmp_path / "neck.pth")
-    with pytest.raises(ValueError, match=r"neck\.pth holds no backbone: blocks a stage are \(0, 0, 0, 0\)"):
-        main(["export", str(tmp_path / "neck.pth"), str(tmp_path / "out")])

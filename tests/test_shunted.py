@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shunted_lit import ShuntedBackbone, ShuntedSelfAttention, ShuntedTransformer
-from shunted_lit.shunted import SR_RATIOS, DropPath, from_source_names
+from shunted_lit import ShuntedBackbone, ShuntedSelfAttention, ShuntedTransformer, shunted
+from shunted_lit.shunted import SR_RATIOS, DropPath, ResidualDepthwise, from_source_names
 
 NECKS = [name for name, case in CASES.items() if case["kind"] == "neck"]
 
@@ -338,6 +338,84 @@ def test_from_checkpoint_without_a_neck(tmp_path):
     torch.save({"state_dict": {"detector.head.weight": torch.zeros(1)}}, tmp_path / "none.ckpt")
     with pytest.raises(ValueError, match="holds no neck: none of its 1 tensors"):
         ShuntedTransformer.from_checkpoint(tmp_path / "none.ckpt")
+
+
+# --- fast paths change nothing
+
+
+def test_the_residual_in_the_kernel_is_the_sum():
+    layer = ResidualDepthwise(6, dtype=torch.float64)
+    x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
+    detail = plain.depthwise(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer(x), x + detail)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_computed_again_gives_the_same_gradients(monkeypatch, dropout):
+    model = ShuntedTransformer(cin=8, depth=2, num_heads=4, ratios=(2, 1), drop_rate=dropout, dtype=torch.float64)
+    x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
+    gradients, kept = [], []
+    for wide in (10**9, 0):
+        monkeypatch.setattr(shunted, "WIDE", wide)
+        model.zero_grad()
+        torch.manual_seed(0)
+        saved = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = model(x).square().sum()
+        kept.append(sum(saved))
+        loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
+    assert kept[1] < 0.75 * kept[0], "less is held for the backward pass"
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 16), (2, 1, 1), (2, 5, 13)])
+def test_small_attention_in_bfloat16(monkeypatch, shape):
+    torch.manual_seed(0)
+    model = ShuntedTransformer(cin=32, depth=2)
+    B, H, W = shape
+    x = torch.randn(B, 32, H, W)
+    exact = model(x)
+    errors = []
+    for limit in (0, 2**24):
+        monkeypatch.setattr(shunted, "SMALL_ATTENTION", limit)
+        with torch.autocast("cpu", torch.bfloat16):
+            errors.append((model(x).float() - exact).norm() / exact.norm())
+    assert max(errors) < 0.02
+    assert errors[1] < 1.5 * errors[0], "no less precise than the fused one"
+
+
+@pytest.mark.parametrize("limit", [0, 2**24])
+def test_dropout_of_attention_in_bfloat16_keeps_the_mean(monkeypatch, limit):
+    monkeypatch.setattr(shunted, "SMALL_ATTENTION", limit)
+    q, k = (torch.zeros(1, 1, n, 4, dtype=torch.bfloat16) for n in (200, 300))
+    v = torch.ones(1, 1, 300, 4, dtype=torch.bfloat16)
+    out = shunted.attention(q, k, v, 1.0, 0.5).float()
+    assert out.std() > 0.01
+    assert out.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_compiled_in_bfloat16(neck):
+    neck = neck.bfloat16()
+    x = torch.randn(1, 8, 5, 7, dtype=torch.bfloat16)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(neck, fullgraph=True)(x), neck(x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradient_checkpointing_of_the_neck(checkpointing, neck):
+    twin = copy.deepcopy(neck)
+    twin.grad_checkpointing = checkpointing
+    x = torch.randn(2, 8, 6, 5)
+    for model in (neck, twin):
+        model(x).square().sum().backward()
+    for one, other in zip(neck.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 # --- a module like any other

@@ -1,0 +1,110 @@
+"""The benchmark's figures against what is known of them; how fast anything is, is never asserted."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from golden_cases import CASES, build, draw
+from PIL import Image
+
+from shunted_lit import benchmark
+from shunted_lit.benchmark import Candidate, PlainNeck, interleave
+from shunted_lit.cli import main
+
+TINY = ["--size=8", "--image_size=64", "--image_batch=1", "--train_batch=1", "--rounds=2", "--neck={cin: 16, depth: 1}"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["neck_small_sr8", "neck_small_sr4", "neck_small_sr2"])
+def test_plain_neck_equals_the_neck(name):
+    neck = build(CASES[name])
+    plain = PlainNeck(cin=neck.cin)
+    plain.neck = neck
+    x = draw(1, CASES[name]["input_shape"])
+    for part in (x, x[..., :5, :7]):
+        with torch.no_grad():
+            torch.testing.assert_close(plain(part), neck(part), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_and_what_it_leaves(capsys):
+    Path("mine.py").write_text("import torch\ndef factory():\n    return torch.nn.Conv2d(16, 16, 3)\n")
+    words = ["--backbones=[resnet18]", "--against=[mine:factory]", "--sizes=[4, 8]"]
+    main(["benchmark", *TINY, *words, "--backends=[eager, onnx, openvino]"])
+    content = json.loads(Path("benchmark/benchmark.json").read_text())
+    assert content["machine"]["torch"] == torch.__version__
+    assert set(content["tables"]) == {
+        "necks, inference", "necks, training", "backbones, inference", "backbones, training"
+    }  # fmt: skip
+    rows = content["tables"]["necks, inference"]
+    assert {(r["model"], r["backend"], r["precision"]) for r in rows} == {
+        (model, backend, precision)
+        for model in ("neck", "plain neck", "mine:factory")
+        for backend, precision in (("eager", "float32"), ("eager", "bfloat16"), ("onnx", "float32"),
+                                   ("openvino", "float32"), ("openvino", "bfloat16"))
+    }  # fmt: skip
+    for row in (row for table in content["tables"].values() for row in table):
+        assert row["seconds_least"] <= row["seconds"] <= row["seconds_most"]
+        assert row["images_per_second"] == pytest.approx(row["shape"][0] / row["seconds"])
+        rate = row["matrix_product_flops_per_second"]
+        assert row["share_of_matrix_product"] == pytest.approx(row["flops"] / row["seconds"] / rate)
+        if row["backend"] == "eager":
+            assert 0 <= row["peak_memory"] < 1e9
+    mine = next(row for row in rows if row["model"] == "mine:factory")
+    assert mine["flops"] == 2 * 16 * 16 * 9 * 6 * 6
+    trained = content["tables"]["necks, training"][0]
+    assert trained["flops"] == 3 * rows[0]["flops"]
+    assert [[point["size"] for point in points] for points in content["sizes"].values()] == [[4, 8]] * 3
+    with Image.open("benchmark/benchmark.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    assert "images/s" in capsys.readouterr().out
+
+
+def test_flops_are_those_of_the_paper():
+    assert Candidate("neck").flops() == pytest.approx(50.9e9, rel=0.005)
+    assert Candidate("neck").flops() == Candidate("plain neck").flops()
+    assert Candidate("shunted_s", shape=(1, 3, 224, 224)).flops() == pytest.approx(2 * 4.99e9, rel=0.01)
+
+
+def test_peak_memory_counts_what_a_step_takes():
+    Path("mine.py").write_text(
+        "import torch\nclass Wide(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return (x.repeat(1, 50, 1, 1) * 2).sum()\n"
+    )
+    peak = Candidate("mine:Wide", shape=(1, 16, 128, 128)).peak_memory("cpu")
+    assert peak == pytest.approx(2 * 50 * 16 * 128 * 128 * 4, rel=0.1)
+
+
+def test_candidates_take_turns():
+    calls = []
+    one, two = Candidate("neck"), Candidate("plain neck")
+    times = interleave({one: lambda: calls.append(1), two: lambda: calls.append(2)}, 3, "cpu", "test")
+    assert calls == [1, 2] * 5, "two rounds do not count"
+    assert [len(seconds) for seconds in times.values()] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--backbones=[shunted_q]"], "timm has no model 'shunted_q'; close names: shunted_"),
+        (["--against=[nowhere:factory]"], "nowhere:factory can't be built .No module named 'nowhere'"),
+        (["--against=[os:getcwd]"], "os:getcwd gives a str, but an nn.Module is needed"),
+        (["--rounds=0"], "rounds is 0, but at least 1 is needed"),
+        (["--modes=[]"], "there is nothing to time"),
+        (["--neck={cin: 9}"], "9 channels do not split into 2 heads"),
+    ],
+)
+def test_wrong_words(words, message):
+    with pytest.raises(ValueError, match=message):
+        main(["benchmark", *words])
+    assert not Path("benchmark").exists()
+
+
+def test_missing_runtime_names_its_extra(monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None, raising=False)
+    with pytest.raises(ValueError, match=r"openvino needs .*: pip install 'shunted-lit\[export\]'"):
+        main(["benchmark", "--backends=[openvino]"])
