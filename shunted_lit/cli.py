@@ -164,9 +164,12 @@ def quieten() -> None:
         r"LightningCLI's args parameter",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"The dirpath has changed",  # a resumed run has a folder of its own, on purpose
+        r"Be aware that when using `ckpt_path`, callbacks",  # evaluation and prediction need none of training's
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: not re.search("litlogger|litmodels", r.getMessage())
+    )
 
 
 def command() -> None:

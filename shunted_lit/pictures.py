@@ -220,6 +220,8 @@ def picture_of_boxes(image: Tensor, prediction: dict[str, Any], class_names: Seq
             width=max(side // 300, 2),
             font=FONT,
             font_size=max(side // 60, 10),
+            label_colors="white",
+            fill_labels=True,
         )
     return with_legend(image, [(label, class_names[label]) for label in sorted(set(labels))])
 

@@ -124,9 +124,9 @@ class BoxWriter(Writer):
                 annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **entry})
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(self.class_names)]
         content = {"images": images, "annotations": annotations, "categories": categories}
-        (self.out / "predictions.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (self.out / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
         labels = [entry["category_id"] - 1 for entry in annotations]
-        return f"{len(labels)} objects{': ' if labels else ''}{self.told(labels)}"
+        return f"{len(labels)} object{'' if len(labels) == 1 else 's'}{': ' if labels else ''}{self.told(labels)}"
 
 
 class MapWriter(Writer):
@@ -149,7 +149,8 @@ class MapWriter(Writer):
         pixels = [sum(counts) for counts in zip(*(record["pixels"] for record in records), strict=True)]
         order = sorted(range(len(pixels)), key=lambda label: -pixels[label])
         shares = [f"{self.class_names[i]} {pixels[i] / sum(pixels):.1%}" for i in order[:5] if pixels[i]]
-        return f"{sum(map(bool, pixels))} classes: {', '.join(shares)}"
+        count = sum(map(bool, pixels))
+        return f"{count} class{'' if count == 1 else 'es'}: {', '.join(shares)}"
 
 
 class ClassWriter(Writer):
@@ -200,6 +201,7 @@ class PredictionWriter(BasePredictionWriter):
         self.records: dict[int, Record] = {}
         self.writer: Any = None
         self.began = 0.0
+        self.summary = ""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -242,9 +244,13 @@ class PredictionWriter(BasePredictionWriter):
             return
         records = {index: record for part in parts for index, record in part.items()}
         told = self.writer.finish([records[index] for index in sorted(records)])
-        seconds = time.monotonic() - self.began
-        print(f"{len(records)} images, {told}; {', '.join(self.writer.folders)}, {self.writer.tables[0]} in {self.out} "
-              f"({seconds:.0f} s)")  # fmt: skip
+        files = ", ".join((*self.writer.folders, *self.writer.tables))
+        images = f"{len(records)} image{'' if len(records) == 1 else 's'}"
+        self.summary = f"{images}, {told}; {files} in {self.out} ({time.monotonic() - self.began:.0f} s)"
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.summary:
+            print(self.summary)  # here, as it would stand above the progress bar otherwise
 
 
 def of_checkpoint(path: str) -> dict[str, Any]:

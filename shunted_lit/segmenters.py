@@ -57,8 +57,8 @@ class Segmenter(nn.Module):
     The paper took mmsegmentation's heads. segmentation_models_pytorch's differ so:
     - fpn: no 3x3 convolution after each level of the pyramid (2.4 M parameters less), GroupNorm for BatchNorm, dropout
       0.2 for 0.1, corners aligned where maps are doubled;
-    - upernet: a LayerNorm on each level first; 512 channels, as published, are asked for by `channels`;
-    - segformer: no dropout; a convolution of 256 channels by default, where the published B2 to B5 have 768.
+    - upernet: a LayerNorm on each level first, no dropout; as wide as published with `decoder_channels=512`;
+    - segformer: no dropout; as wide as the published B2 to B5 with `segmentation_channels=768`.
 
     Args:
         decoder: one of `DECODERS`.
