@@ -112,6 +112,7 @@ class ShuntedCLI(LightningCLI):
         if self.subcommand == "predict":
             self.save_config_callback = None
             return super().instantiate_trainer(logger=False, **kwargs)
+        self.model.check_data(self.datamodule)
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
         trainer = config.trainer
         if trainer.logger is not False and not trainer.fast_dev_run:
@@ -155,6 +156,8 @@ def settings_of_checkpoint(words: list[str]) -> list[str]:
         if name == "--ckpt_path" and (value or i + 1 < len(words)):
             settings = of_checkpoint(value or words[i + 1])
             return [part for key, setting in settings.items() for part in (f"--{key}", json.dumps(setting))]
+    if not {"-h", "--help", "-c", "--config"} & {word.partition("=")[0] for word in words}:
+        raise ValueError("predict needs trained weights: name a checkpoint by --ckpt_path")
     return []
 
 

@@ -106,16 +106,18 @@ class BaseTask(LightningModule):
         self.warmup_lr, self.lr_batch = warmup_lr, lr_batch
         self.schedule, self.power, self.milestones = schedule, power, list(milestones)
 
-    def setup(self, stage: str) -> None:
-        """Raises ValueError where the data come with something else than this task learns from."""
-        given = getattr(getattr(self.trainer, "datamodule", None), "annotation", None)
-        accepted = {self.annotation, "masks"} if self.annotation == "boxes" else {self.annotation}  # boxes besides
-        if stage != "predict" and given is not None and given not in accepted:
-            data = type(self.trainer.datamodule).__name__  # type: ignore[attr-defined]
+    def check_data(self, data: Any) -> None:
+        """Raises ValueError where a data module comes with something else than this task learns from."""
+        given = getattr(data, "annotation", self.annotation)
+        if given != self.annotation and (given, self.annotation) != ("masks", "boxes"):  # masks have boxes besides
             raise ValueError(
-                f"{type(self).__name__} learns from {self.annotation}, but {data} has {given}; choose other data, or "
-                f"give it annotation={self.annotation!r}"
+                f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; choose "
+                f"other data, or give it annotation={self.annotation!r}"
             )
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            self.check_data(getattr(self.trainer, "datamodule", None))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__  # so that a file alone tells what it is
