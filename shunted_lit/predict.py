@@ -214,6 +214,11 @@ class PredictionWriter(BasePredictionWriter):
         self.records, self.began = {}, time.monotonic()
         self.data = data
         self.writer = WRITERS[pl_module.annotation](self.out, data.names, pl_module.class_names, self.min_score)
+        if data.would_read(self.out):
+            raise ValueError(
+                f"{self.out}: is within the images, {data.root}, and the next run would read what is written; name "
+                "another folder by --predictions.out"
+            )
         if self.out.exists() and not self.out.is_dir():
             raise ValueError(f"{self.out}: is there and no folder; name another by --predictions.out")
         if trainer.is_global_zero:

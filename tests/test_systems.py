@@ -25,9 +25,13 @@ QUICK = [
     "--model.lr_batch=null",
 ]
 DETECTOR = ["--model.min_size=64", "--model.max_size=96", "--model.pyramid_channels=64"]
+FEW = {"box_batch_size_per_image": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32}  # regions
 SYSTEMS = {
     "coco/retinanet_shunted_t": (DetectionTask, DETECTOR),
-    "coco/mask_rcnn_shunted_t": (DetectionTask, [*DETECTOR, "--model.anchor_scale=0.5"]),
+    "coco/mask_rcnn_shunted_t": (
+        DetectionTask,
+        [*DETECTOR, "--model.anchor_scale=0.5", f"--model.detector_options={FEW}"],
+    ),
     "ade20k/fpn_shunted_t": (SegmentationTask, ["--model.short_side=null"]),
     "ade20k/upernet_shunted_t": (
         SegmentationTask,
@@ -202,7 +206,11 @@ def test_schedules_follow_their_formulas():
             "ADE20KDataModule",
             "ClassificationTask learns from class, but ADE20KDataModule has map",
         ),
-        ("coco/mask_rcnn_shunted_t", "ImagesDataModule", "ImagesDataModule has none"),
+        (
+            "coco/mask_rcnn_shunted_t",
+            "ImagesDataModule",
+            "ImagesDataModule holds images alone, to predict on; name other data",
+        ),
     ],
 )
 def test_data_of_another_kind_are_told(system, data, message):
@@ -222,6 +230,8 @@ def test_predict_tells_what_it_needs(trained, pictures):
         main(["predict", images, "--ckpt_path=none.ckpt"])
     with pytest.raises(ValueError, match="the data are ShapesDataModule; a checkpoint is enough"):
         main(["predict", "--data=ShapesDataModule", checkpoint])
+    with pytest.raises(ValueError, match=r"is within the images, .*, and the next run would read"):
+        main(["predict", images, checkpoint, f"--predictions.out={pictures}/out"])
     with pytest.raises(ValueError, match="nowhere: no such folder or image"):
         main(["predict", "--data.images=nowhere", checkpoint])
     torch.save({"state_dict": {"a": torch.zeros(1)}}, "foreign.ckpt")

@@ -45,7 +45,8 @@ class ImagesDataModule(BaseDataModule):
     ):
         super().__init__(batch_size, num_workers)
         self.root = Path(images)
-        if self.root.is_dir():
+        self.is_folder = self.root.is_dir()
+        if self.is_folder:
             self.paths = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
         elif self.root.is_file():
             self.root, self.paths = self.root.parent, [self.root]
@@ -66,6 +67,14 @@ class ImagesDataModule(BaseDataModule):
     def names(self) -> list[str]:
         """Path of each image within the folder, without its suffix."""
         return [path.relative_to(self.root).with_suffix("").as_posix() for path in self.paths]
+
+    @property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        raise ValueError("ImagesDataModule holds images alone, to predict on; name other data by --data")
+
+    def would_read(self, folder: Path) -> bool:
+        """Whether images in `folder` would be read by the next run."""
+        return self.is_folder and folder.resolve().is_relative_to(self.root.resolve())
 
     def setup(self, stage: str) -> None:
         if stage != "predict":
