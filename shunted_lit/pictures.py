@@ -17,7 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import nms
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from shunted_lit.data.label_maps import IGNORED
@@ -26,7 +26,7 @@ MIN_SCORE = 0.3  # of the predicted boxes that are drawn
 MAX_OVERLAP = 0.5  # of two that overlap by more, whatever their classes, the better one is drawn
 
 
-OPACITY = 0.5  # of masks and label maps over their image
+OPACITY = 0.6  # of masks and label maps over their image
 
 
 def class_colour(label: int) -> tuple[float, float, float]:
@@ -49,11 +49,16 @@ def to_bytes(image: Tensor) -> Tensor:
 
 
 def with_masks(image: Tensor, masks: Tensor, labels: Iterable[int]) -> Tensor:
-    """An image (3, H, W) under masks (n, H, W) in the colours of their labels -> uint8."""
+    """An image (3, H, W) under masks (n, H, W) in the colours of their labels -> uint8.
+
+    Below a mask the image is grey: its own colours would be taken for another class's.
+    """
     if not len(masks):
         return to_bytes(image)
     colours: Any = [class_bytes(label) for label in labels]
-    return draw_segmentation_masks(to_bytes(image), masks.bool().cpu(), alpha=OPACITY, colors=colours)
+    image, masks = to_bytes(image), masks.bool().cpu()
+    grey = torch.where(masks.any(0), rgb_to_grayscale(image, 3), image)
+    return draw_segmentation_masks(grey, masks, alpha=OPACITY, colors=colours)
 
 
 def with_map(image: Tensor, label_map: Tensor) -> Tensor:
