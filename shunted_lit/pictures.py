@@ -51,12 +51,14 @@ def to_bytes(image: Tensor) -> Tensor:
 def with_masks(image: Tensor, masks: Tensor, labels: Iterable[int]) -> Tensor:
     """An image (3, H, W) under masks (n, H, W) in the colours of their labels -> uint8.
 
-    Below a mask the image is grey: its own colours would be taken for another class's.
+    Below a mask the image is grey: its own colours would be taken for another class's. Where masks overlap, the first
+    one is seen.
     """
     if not len(masks):
         return to_bytes(image)
     colours: Any = [class_bytes(label) for label in labels]
     image, masks = to_bytes(image), masks.bool().cpu()
+    masks = masks & (masks.cumsum(0) == 1)
     grey = torch.where(masks.any(0), rgb_to_grayscale(image, 3), image)
     return draw_segmentation_masks(grey, masks, alpha=OPACITY, colors=colours)
 

@@ -508,7 +508,7 @@ def test_yolo_polygons_are_masks(folder):
         ([[1, 2, 300, 4, 5, 6]], "has a polygon that is not within the image of 96 x 96"),
         ({"size": [96, 64], "counts": [6144]}, r"has the size \[96, 64\], but its image \[height, width\] \[96, 96\]"),
         ({"size": [96, 96], "counts": [1, 2, 3]}, "has run lengths of 6 pixels together, but its image has 9216"),
-        ({"size": [96, 96], "counts": [9217, -1]}, "not all whole numbers"),
+        ({"size": [96, 96], "counts": [9217, -1]}, "has run lengths that are not all whole numbers"),
         ({"size": [96, 96], "counts": "abc"}, "has damaged run lengths"),
         ({"size": [96, 96], "counts": ""}, "has damaged run lengths"),
         ({"size": [96, 96], "counts": "\u00ff\u00fe"}, "has damaged run lengths"),
