@@ -61,7 +61,7 @@ class BaseTask(LightningModule):
     """
 
     monitor: str
-    annotation: str
+    annotation = ""  # whatever the data come with
 
     @classmethod
     def annotation_for(cls, options: Mapping[str, Any]) -> str:
@@ -109,7 +109,9 @@ class BaseTask(LightningModule):
     def check_data(self, data: Any) -> None:
         """Raises ValueError where a data module comes with something else than this task learns from."""
         given = getattr(data, "annotation", self.annotation)
-        if given != self.annotation and (given, self.annotation) != ("masks", "boxes"):  # masks have boxes besides
+        if (
+            self.annotation and given != self.annotation and (given, self.annotation) != ("masks", "boxes")
+        ):  # masks have boxes besides
             raise ValueError(
                 f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; choose "
                 f"other data, or give it annotation={self.annotation!r}"
