@@ -154,12 +154,6 @@ DETECTORS: Mapping[str, Detector] = {
 }
 
 
-def check_detector_name(name: str) -> None:
-    """Raises ValueError where there is no such detector."""
-    if name not in DETECTORS:
-        raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
-
-
 def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Predictions for each image, whatever the others are: only images of one size share a batch.
 
@@ -206,7 +200,8 @@ def build_detector(
     Raises:
         ValueError: an unknown detector, or less than one class.
     """
-    check_detector_name(name)
+    if name not in DETECTORS:
+        raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, but at least 1 is needed")
     kind, build, _ = DETECTORS[name]
