@@ -211,7 +211,7 @@ class LabelMapDataset(Dataset[Any]):
             told = ", ".join(f"{value} ({count} pixels)" for value, count in list(found.items())[:5])
             raise ValueError(
                 f"{mask}: holds {len(found)} values that are no class: {told}; {self.first_class} to {last} are "
-                f"classes, {IGNORED}{' and 0' if self.first_class else ''} stand for none"
+                f"classes, {IGNORED}{' and 0 stand' if self.first_class else ' stands'} for none"
             )
         if self.first_class:
             values = np.where((values < self.first_class) | (values == IGNORED), IGNORED, values - self.first_class)
