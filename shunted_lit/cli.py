@@ -1,6 +1,8 @@
 """The command `shunted-lit`: LightningCLI, and the few commands that are not training."""
 
+import importlib
 import itertools
+import json
 import logging
 import re
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +25,7 @@ from shunted_lit.benchmark import benchmark
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
+from shunted_lit.predict import PredictionWriter, of_checkpoint
 from shunted_lit.report import RunReport
 from shunted_lit.tasks import BaseTask
 from shunted_lit.weights import read_checkpoint
@@ -51,15 +54,28 @@ def new_version(root: Path) -> int:
     return number
 
 
-class ShuntedCLI(LightningCLI):
-    """fit, validate and test; each run has a folder of its own, with config.yaml and metrics.csv."""
+def annotation_for(model: Namespace) -> str:
+    """What data have to come with for a task, as configured: its class and arguments."""
+    module, _, name = model.class_path.rpartition(".")
+    task: type[BaseTask] = getattr(importlib.import_module(module), name)
+    return task.annotation_for(model.init_args)
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        commands = LightningCLI.subcommands()
-        return {name: commands[name] for name in ("fit", "validate", "test")}  # predict would write nothing
+
+class ShuntedCLI(LightningCLI):
+    """fit, validate and test; each run has a folder of its own, with config.yaml and metrics.csv. predict; writes
+    pictures and what other tools read."""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self.prepared = subcommand  # for the next method, which Lightning does not tell
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.set_defaults({"return_predictions": False})  # they are written, and may be many
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        if self.prepared == "predict":
+            parser.add_lightning_class_args(PredictionWriter, "predictions")
+            return
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -70,6 +86,7 @@ class ShuntedCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(RunReport, "report")
+        parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -98,6 +115,10 @@ class ShuntedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
+        if self.subcommand == "predict":
+            self.save_config_callback = None
+            return super().instantiate_trainer(logger=False, **kwargs)
+        self.model.check_data(self.datamodule)
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
         trainer = config.trainer
         if trainer.logger is not False and not trainer.fast_dev_run:
@@ -119,6 +140,8 @@ def main(args: list[str] | None = None) -> Any:
     words = sys.argv[1:] if args is None else args
     if words and words[0] in COMMANDS:
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
+    if words and words[0] == "predict":
+        args = ["predict", *settings_of_checkpoint(words), *words[1:]]
     return ShuntedCLI(
         BaseTask,
         LightningDataModule,
@@ -132,15 +155,30 @@ def main(args: list[str] | None = None) -> Any:
     )
 
 
+def settings_of_checkpoint(words: list[str]) -> list[str]:
+    """Words that set task and data of `predict` as its checkpoint has them, so that no config is needed."""
+    for i, word in enumerate(words):
+        name, _, value = word.partition("=")
+        if name == "--ckpt_path" and (value or i + 1 < len(words)):
+            settings = of_checkpoint(value or words[i + 1])
+            return [part for key, setting in settings.items() for part in (f"--{key}", json.dumps(setting))]
+    if not {"-h", "--help", "-c", "--config"} & {word.partition("=")[0] for word in words}:
+        raise ValueError("predict needs trained weights: name a checkpoint by --ckpt_path")
+    return []
+
+
 def quieten() -> None:
     """Hides what Lightning 2.6 tells users that they can't change: its own deprecated calls, and an advertisement."""
     for message in (
         r"LightningCLI's args parameter",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
         r"The dirpath has changed",  # a resumed run has a folder of its own, on purpose
+        r"Be aware that when using `ckpt_path`, callbacks",  # evaluation and prediction need none of training's
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda r: not re.search("litlogger|litmodels", r.getMessage())
+    )
 
 
 def command() -> None:

@@ -14,7 +14,8 @@ import torch
 from timm.layers import Format, nhwc_to
 from torch import Tensor, nn
 
-from shunted_lit.shunted import ShuntedTransformer
+from shunted_lit.shunted import ShuntedBackbone, ShuntedTransformer
+from shunted_lit.weights import flatten, from_source_names, misfit, read_checkpoint
 
 
 def check_model_name(name: str) -> None:
@@ -22,6 +23,36 @@ def check_model_name(name: str) -> None:
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
+
+
+def read_backbone_weights(path: str, backbone: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of a file under the names of timm's `backbone`, without a classifier's head.
+
+    Raises:
+        ValueError: a file that can't be read, or whose weights do not fit.
+    """
+    content = read_checkpoint(path)
+    with torch.device("meta"):
+        model: Any = timm.create_model(backbone, **options)
+    state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    mine, state = (
+        {name: value for name, value in some.items() if not name.startswith(heads)}
+        for some in (model.state_dict(), state)
+    )
+    if told := misfit(mine, state):
+        advice = model.weights_advice(state) if isinstance(model, ShuntedBackbone) else ""
+        raise ValueError(f"{path}: weights do not fit {backbone}: {told}. {advice}".rstrip())
+    return state
+
+
+def groups_of_a_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of the images (C, H, W), those of equal height and width together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, image in enumerate(images):
+        groups.setdefault(tuple(image.shape[-2:]), []).append(i)
+    return list(groups.values())
 
 
 class FeaturePath(nn.Module):
@@ -35,12 +66,16 @@ class FeaturePath(nn.Module):
         neck_levels: those of `levels` that get a neck.
         freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm as it was trained).
         backbone_options: further keywords for `timm.create_model`, such as {"img_size": 256} for a ViT.
+        weights: start the backbone from a file instead: a checkpoint of the authors', of timm or of
+            `shunted-lit fit` on classes, or .safetensors. A classifier's head is left out.
+        grad_checkpointing: compute backbone and necks again in the backward pass: less memory, more time.
 
     Shape:
         (B, 3, H, W) -> {str(level): (B, channels[level], ceil(H / 2 ** level), ceil(W / 2 ** level))}
 
     Raises:
-        ValueError: an unknown backbone, level or neck keyword; a `cin` that is not the level's.
+        ValueError: an unknown backbone, level or neck keyword; a `cin` that is not the level's; weights that do not
+            fit; checkpointing where the backbone has none.
     """
 
     def __init__(
@@ -52,6 +87,8 @@ class FeaturePath(nn.Module):
         neck_levels: Sequence[int] = (5,),
         freeze_backbone: bool = False,
         backbone_options: Mapping[str, Any] | None = None,
+        weights: str | None = None,
+        grad_checkpointing: bool = False,
     ):
         super().__init__()
         options = dict(backbone_options or {})
@@ -61,8 +98,17 @@ class FeaturePath(nn.Module):
         if neck is not None and not neck_levels:
             raise ValueError("there is a neck, but neck_levels is empty; name a level, or set neck to null")
         indices = self._feature_indices(backbone, options, self.levels)
+        if weights is not None:
+            if pretrained:
+                raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
+            pretrained = True
+            overlay: dict[str, Any] = {
+                "state_dict": read_backbone_weights(weights, backbone, options),
+                "num_classes": 0,
+            }
+        source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": overlay}
         backbone_model: Any = timm.create_model(
-            backbone, pretrained=pretrained, features_only=True, out_indices=indices, **options
+            backbone, pretrained=pretrained, features_only=True, out_indices=indices, **source, **options
         )
         self.channels: dict[int, int] = dict(zip(self.levels, backbone_model.feature_info.channels(), strict=True))
         self.backbone = backbone_model
@@ -74,6 +120,19 @@ class FeaturePath(nn.Module):
             if level not in self.channels:
                 raise ValueError(f"neck_levels names level {level}, but levels are {list(self.levels)}; add it there")
             self.necks[str(level)] = self._neck(level, self.channels[level], dict(neck or {}))
+        if grad_checkpointing:
+            self._set_grad_checkpointing(backbone)
+
+    def _set_grad_checkpointing(self, name: str) -> None:
+        # Blocks by themselves, where the model's parts know how; timm's wrapper would spare the first, widest stage.
+        parts: list[Any] = [m for m in self.modules() if hasattr(m, "grad_checkpointing") and m is not self.backbone]
+        in_backbone = [m for m in self.backbone.modules() if m in parts]
+        if not in_backbone and hasattr(self.backbone, "set_grad_checkpointing"):
+            self.backbone.set_grad_checkpointing(True)
+        elif not in_backbone:
+            raise ValueError(f"timm has no checkpointing for {name}; set grad_checkpointing to false")
+        for part in parts:
+            part.grad_checkpointing = True
 
     @staticmethod
     def _feature_indices(backbone: str, options: dict[str, Any], levels: tuple[int, ...]) -> list[int]:

@@ -1,5 +1,6 @@
 """What a run leaves behind for its owner: pictures and a table, made when training ends."""
 
+import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -68,8 +69,21 @@ class RunReport(Callback):
                 table.add_row(name, *(f"{v:.4f}" if v != -1 else "no such object" for v in (best, values[-1])))
         console = Console()
         console.print(table)
+        print_classes(console, folder / "class_iou.csv")
         checkpoint: Any = trainer.checkpoint_callback
         for label, path in (("best checkpoint", getattr(checkpoint, "best_model_path", "")),
                             ("last checkpoint", getattr(checkpoint, "last_model_path", ""))):  # fmt: skip
             if path:
                 console.print(f"{label}: {path}", soft_wrap=True, markup=False)
+
+
+def print_classes(console: Console, path: Path) -> None:
+    """The table of the classes that segmentation leaves in a run's folder."""
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        head, *rows = csv.reader(file)
+    table = Table(*head, title="classes, at the best validation")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

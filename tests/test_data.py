@@ -14,6 +14,7 @@ from PIL import Image
 
 from shunted_lit.data import CocoDataModule, ShapesDataModule, YoloDataModule
 from shunted_lit.data.scenes import write_scenes
+from shunted_lit.data.segments import draw_segment
 from shunted_lit.data.yolo import label_path
 
 STILL = {"num_workers": 0, "flip": 0.0, "distort": 0.0, "crop": 0.0}
@@ -437,3 +438,122 @@ def test_masks_fit_numpy_order():
     module.setup("fit")
     image, target = module.datasets["val"][0]
     assert np.asarray(target["masks"]).shape == (len(target["labels"]), *image.shape[1:])
+
+
+# --- masks
+
+
+def same_masks(a, b):
+    return same(a, b) and torch.equal(a[1]["masks"], b[1]["masks"])
+
+
+@pytest.mark.parametrize("form", ["text", "counts", "pixels"])
+def test_masks_in_each_of_cocos_forms_are_the_drawn_ones(folder, form):
+    def rewrite(content):
+        for entry in content["annotations"]:
+            mask = draw_segment(entry["segmentation"], 96, 96)
+            if form == "counts":  # by columns, zeros first
+                flat = mask.T.flatten()
+                edges = np.flatnonzero(np.diff(flat, prepend=0))
+                entry["segmentation"]["counts"] = np.diff(edges, prepend=0, append=flat.size).tolist()
+            elif form == "pixels":  # a polygon around each pixel
+                entry["segmentation"] = [
+                    [x, y, x + 1, y, x + 1, y + 1, x, y + 1]
+                    for y, x in zip(*map(np.ndarray.tolist, mask.nonzero()), strict=True)
+                ]
+
+    edit(folder, rewrite)
+    drawn = ShapesDataModule(size=96, **STILL)
+    drawn.setup("fit")
+    read = coco(folder, annotation="masks")
+    assert all(same_masks(read.datasets["train"][i], drawn.datasets["train"][i]) for i in range(6))
+
+
+def test_polygons_are_drawn_where_they_lie(folder):
+    def rewrite(content):
+        content["annotations"][0].update(bbox=[10, 20, 30, 40], segmentation=[[10, 20, 40, 20, 40, 60, 10, 60]])
+
+    edit(folder, rewrite)
+    mask = coco(folder, annotation="masks").datasets["train"][0][1]["masks"][0]
+    expected = torch.zeros(96, 96, dtype=torch.bool)
+    expected[20:60, 10:40] = True
+    assert torch.equal(mask, expected)
+
+
+def test_yolo_polygons_are_masks(folder):
+    for path in (folder / "labels/train").iterdir():
+        path.write_text("1 0.25 0.5 0.75 0.5 0.75 0.75 0.25 0.75\n")
+    for path in (folder / "labels/val").iterdir():
+        path.unlink()
+    (folder / "labels/val/000000.txt").write_text("0 0.1 0.1 0.2 0.1 0.2 0.2\n")
+    target = yolo(folder, annotation="masks").datasets["train"][0][1]
+    expected = torch.zeros(1, 96, 96, dtype=torch.bool)
+    expected[:, 48:72, 24:72] = True
+    assert torch.equal(target["masks"], expected)
+    assert target["boxes"].tolist() == [[24, 48, 72, 72]]
+    (folder / "labels/train/000000.txt").write_text("1 0.5 0.5 0.1 0.1\n")
+    with pytest.raises(ValueError, match=r"000000.txt, line 1: a box, but masks are wanted"):
+        yolo(folder, annotation="masks")
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "message"),
+    [
+        ([], "is empty"),
+        (None, "is neither a list of polygons nor run lengths"),
+        ([[1, 2, 3, 4]], "has a polygon of 4 numbers; an even number, 6 or more"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "has a polygon of 7 numbers"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "has a polygon of 6 numbers; .*finite"),
+        ([[1, 2, 3, 4, 5, "6"]], "has a polygon of 6 numbers"),
+        ([[1, 2, 300, 4, 5, 6]], "has a polygon that is not within the image of 96 x 96"),
+        ({"size": [96, 64], "counts": [6144]}, r"has the size \[96, 64\], but its image \[height, width\] \[96, 96\]"),
+        ({"size": [96, 96], "counts": [1, 2, 3]}, "has run lengths of 6 pixels together, but its image has 9216"),
+        ({"size": [96, 96], "counts": [9217, -1]}, "has run lengths that are not all whole numbers"),
+        ({"size": [96, 96], "counts": "abc"}, "has damaged run lengths"),
+        ({"size": [96, 96], "counts": ""}, "has damaged run lengths"),
+        ({"size": [96, 96], "counts": "\u00ff\u00fe"}, "has damaged run lengths"),
+        ({"size": [96, 96], "counts": 5}, "has counts that are neither"),
+    ],
+)
+def test_damaged_masks_name_file_and_annotation(folder, caplog, segmentation, message):
+    edit(folder, lambda content: content["annotations"][1].update(segmentation=segmentation))
+    with pytest.raises(ValueError, match=f"train.json: annotation 2: segmentation {message}"):
+        coco(folder, annotation="masks")
+    assert "masks" not in coco(folder).datasets["train"][0][1], "boxes alone are as they were"
+    module = coco(folder, annotation="masks", bad_boxes="drop")
+    assert "left out 1 boxes" in caplog.text
+    content = json.loads((folder / "annotations/train.json").read_text())
+    kept = sum(len(module.datasets["train"][i][1]["labels"]) for i in range(6))
+    assert kept == len(content["annotations"]) - 1
+
+
+def test_annotations_without_masks_are_told(folder):
+    edit(folder, lambda content: content["annotations"][1].pop("segmentation"))
+    with pytest.raises(ValueError, match="annotation 2 has no segmentation, but masks are wanted"):
+        coco(folder, annotation="masks")
+
+
+def test_masks_are_augmented_with_their_boxes(folder):
+    module = coco(folder, annotation="masks", flip=0.5, crop=1.0)
+    torch.manual_seed(0)
+    for i in range(24):
+        image, target = module.datasets["train"][i % 6]
+        assert target["masks"].shape == (len(target["labels"]), *image.shape[1:])
+        for box, mask in zip(target["boxes"], target["masks"], strict=True):
+            x1, y1, x2, y2 = box.round().int().tolist()
+            assert mask[y1:y2, x1:x2].sum() == mask.sum(), "the box encloses the mask"
+
+
+def test_what_data_do_not_have_is_told(folder):
+    with pytest.raises(ValueError, match="annotation is 'map', but YoloDataModule has boxes or masks"):
+        yolo(folder, annotation="map")
+
+
+def test_one_object_a_scene_for_its_class():
+    module = ShapesDataModule(annotation="class", num_workers=0, batch_size=4)
+    module.setup("fit")
+    images, labels = next(iter(module.train_dataloader()))
+    assert images.shape == (4, 3, 128, 128)
+    assert images.dtype == torch.uint8
+    assert labels.shape == (4,)
+    assert {module.datasets["train"][i][1] for i in range(40)} == set(range(5))

@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from shunted_lit.pictures import draw_curves, draw_predictions, read_metrics, shown
+from shunted_lit.pictures import (
+    class_bytes,
+    draw_curves,
+    draw_predictions,
+    read_metrics,
+    shown,
+    with_map,
+    with_masks,
+)
 
 BOXES = torch.tensor([[10.0, 10, 50, 50], [12, 10, 52, 50], [60, 60, 80, 80]])
 PREDICTION = {"boxes": BOXES, "labels": torch.tensor([0, 1, 2]), "scores": torch.tensor([0.5, 0.9, 0.2])}
@@ -32,6 +40,22 @@ def test_predictions_are_drawn_for_any_number_of_images(tmp_path, count):
     orange = np.abs(full - [255, 127, 14]).sum(-1) < 12  # matplotlib's C1, of label 1
     assert orange.sum() > 5 * count
     assert (np.abs(full - [44, 160, 44]).sum(-1) < 12).sum() < 50, "label 2 scores too low to be drawn"
+
+
+def test_masks_are_seen_over_grey_and_the_first_where_they_overlap():
+    image = torch.tensor([200, 50, 50], dtype=torch.uint8)[:, None, None].expand(3, 1, 4)
+    masks = torch.tensor([[[1, 1, 0, 0]], [[0, 1, 1, 0]]], dtype=torch.bool)
+    before = masks.clone()
+    out = with_masks(image, masks, [1, 3])
+    assert out[:, 0, 3].tolist() == [200, 50, 50], "no mask, no change"
+    grey = 0.2989 * 200 + 0.587 * 50 + 0.114 * 50
+    for place, label in ((0, 1), (1, 1), (2, 3)):
+        expected = [0.6 * part + 0.4 * grey for part in class_bytes(label)]
+        assert out[:, 0, place].tolist() == pytest.approx(expected, abs=2)
+    assert torch.equal(masks, before)
+    label_map = torch.tensor([[1, 255, 3, 3]], dtype=torch.uint8)
+    assert torch.equal(with_map(image, label_map)[:, 0, 2], out[:, 0, 2])
+    assert with_map(image, label_map)[:, 0, 1].tolist() == [200, 50, 50], "255 is no class"
 
 
 def test_curves_come_from_the_csv_lightning_writes(tmp_path):

@@ -1,4 +1,4 @@
-"""What all detection data share: the form of a sample, augmentation, loaders, and how a bad box is reported."""
+"""What all data share: loaders, the forms of a sample, augmentation, and how what is wrong on disk is reported."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from shunted_lit.data.segments import Segment, draw_segment
+
 log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -24,7 +26,7 @@ Sample = tuple[Tensor, Target]
 BadBoxes = Literal["error", "drop"]
 
 
-def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
+def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
     """Images and targets as two lists: images keep their own sizes."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
@@ -32,6 +34,9 @@ def collate(samples: list[Sample]) -> tuple[list[Tensor], list[Target]]:
 
 class BaseDataModule(LightningDataModule):
     """What all data share. A subclass sets `class_names`, the transforms, and builds the data set of a split.
+
+    `annotation` tells what an image comes with, and a task what it learns from, in the same words: "class", "boxes",
+    "masks" (boxes, and a mask for each), or "map" (a class for each pixel). `offers` are those a subclass can give.
 
     Args:
         batch_size: images a step, of each device.
@@ -42,9 +47,17 @@ class BaseDataModule(LightningDataModule):
     train_transform: Callable[..., Any]
     eval_transform: Callable[..., Any]
     collate_fn: Callable[[list[Any]], Any] | None = None
+    offers: tuple[str, ...]
+    whole_batches = False  # leave out a last, smaller training batch, as BatchNorm and mixup may need
 
-    def __init__(self, batch_size: int, num_workers: int):
+    def __init__(self, batch_size: int, num_workers: int, annotation: str | None = None):
         super().__init__()
+        self.annotation = annotation or self.offers[0]
+        if self.annotation not in self.offers:
+            raise ValueError(
+                f"annotation is {self.annotation!r}, but {type(self).__name__} has {' or '.join(self.offers)}; "
+                "choose other data, or another task or detector"
+            )
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; 1 and 0 are the least")
         self.batch_size, self.num_workers = batch_size, num_workers
@@ -76,8 +89,13 @@ class BaseDataModule(LightningDataModule):
             **options,
         )
 
+    def drop_last(self) -> bool:
+        """Whether to leave out a last, smaller training batch: only where a device has a whole one besides."""
+        replicas = self.trainer.world_size if self.trainer else 1
+        return self.whole_batches and len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
+
     def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader("train", shuffle=True)
+        return self.loader("train", shuffle=True, drop_last=self.drop_last())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.loader("val")
@@ -89,36 +107,54 @@ class BaseDataModule(LightningDataModule):
         return self.loader("val")
 
 
+def as_floats() -> list[Any]:
+    """The last transforms of a sample: image in 0..1, float32; plain tensors."""
+    return [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
+
+
+def other_colours(chance: float) -> Any:
+    """Changes brightness, contrast, saturation and hue of so many of the images."""
+    return v2.RandomApply([v2.RandomPhotometricDistort(p=1.0)], chance)
+
+
 class DetectionDataModule(BaseDataModule):
     """Base of the detection data.
 
     A sample is an image (3, H, W), uint8, and a target: `boxes` (n, 4) as x1 y1 x2 y2 in pixels, `labels` (n,) from 0,
-    `iscrowd` (n,), 1 for regions that evaluation ignores, `image_id`. Batches are two lists, images float32 in 0..1.
+    `iscrowd` (n,), 1 for regions that evaluation ignores, `image_id`, and for masks `masks` (n, H, W), bool. Batches
+    are two lists, images float32 in 0..1.
 
     Args:
         batch_size: images a step, of each device.
         num_workers: processes that load and augment, of each device.
         flip, distort, crop: chance for a training image to be mirrored, to change its colours, to be cut to a part
             that keeps some objects.
+        annotation: "boxes", or "masks" besides; from the task, in `shunted-lit`.
     """
 
-    collate_fn = staticmethod(collate)
+    collate_fn: Callable[[list[Any]], Any] | None = staticmethod(collate)
+    offers: tuple[str, ...] = ("boxes", "masks")
 
     def __init__(
-        self, batch_size: int = 16, num_workers: int = 2, flip: float = 0.5, distort: float = 0.5, crop: float = 0.0
+        self,
+        batch_size: int = 16,
+        num_workers: int = 2,
+        flip: float = 0.5,
+        distort: float = 0.5,
+        crop: float = 0.0,
+        annotation: str | None = None,
     ):
-        super().__init__(batch_size, num_workers)
-        to_float = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
+        super().__init__(batch_size, num_workers, annotation)
         self.train_transform = v2.Compose(
             [
-                v2.RandomApply([v2.RandomPhotometricDistort(p=1.0)], distort),
+                other_colours(distort),
                 v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], crop),
                 v2.RandomHorizontalFlip(flip),
                 v2.SanitizeBoundingBoxes(labels_getter=entries_of_boxes),
-                *to_float,
+                *as_floats(),
             ]
         )
-        self.eval_transform = v2.Compose(to_float)
+        self.eval_transform = v2.Compose(as_floats())
 
 
 def entries_of_boxes(sample: Any) -> list[Tensor]:
@@ -136,13 +172,14 @@ class Record:
     labels: list[int] = field(default_factory=list)
     size: tuple[int, int] | None = None  # width and height, where the annotations tell them
     crowd: list[bool] = field(default_factory=list)  # regions that evaluation ignores; none where empty
+    segments: list[Segment] | None = None  # an outline for each box, where masks are wanted
 
 
 class BoxCheck:
-    """Judges boxes as a reader meets them: a bad one is an error, or left out and counted.
+    """Judges objects as a reader meets them: a bad one is an error, or left out and counted.
 
     Args:
-        bad_boxes: "error", or "drop" to leave bad boxes out and say how many at the end.
+        bad_boxes: "error", or "drop" to leave bad ones out and say how many at the end.
     """
 
     def __init__(self, bad_boxes: BadBoxes):
@@ -162,15 +199,21 @@ class BoxCheck:
             fault = f"is not within the image of {width:g} x {height:g}"
         else:
             return True
-        if self.bad_boxes == "error":
-            corners = " ".join(f"{value:g}" for value in box)
-            raise ValueError(f"{where}: the box {corners} (x1 y1 x2 y2) {fault}; mend it, or set bad_boxes to drop")
-        self.dropped += 1
+        corners = " ".join(f"{value:g}" for value in box)
+        self.reject(f"{where}: the box {corners} (x1 y1 x2 y2) {fault}")
         return False
+
+    def reject(self, told: str) -> None:
+        """Counts an object that is left out; ValueError with what is told, unless bad ones are to be dropped."""
+        if self.bad_boxes == "error":
+            raise ValueError(f"{told}; mend it, or set bad_boxes to drop")
+        self.dropped += 1
 
     def report(self, source: Path) -> None:
         if self.dropped:
-            log.warning("%s: left out %d boxes of no area or outside their image", source, self.dropped)
+            log.warning(
+                "%s: left out %d boxes of no area, outside their image, or with a damaged mask", source, self.dropped
+            )
 
 
 class FolderDataset(Dataset[Sample]):
@@ -220,6 +263,10 @@ class FolderDataset(Dataset[Sample]):
             "iscrowd": torch.tensor(record.crowd or [False] * len(record.labels), dtype=torch.int64),
             "image_id": record.image_id,
         }
+        if record.segments is not None:
+            scale = (width, height) if self.relative else (1, 1)
+            masks = [draw_segment(segment, height, width, scale) for segment in record.segments]
+            target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool))
         return self.transform(image, target)
 
 

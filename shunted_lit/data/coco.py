@@ -1,7 +1,6 @@
 """Data in COCO's format: an annotation JSON and a folder of images for each split."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from shunted_lit.data.base import BadBoxes, BoxCheck, DetectionDataModule, FolderDataset, Record, Sample
+from shunted_lit.data.segments import fault_of, is_number
 
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
 
@@ -25,12 +25,13 @@ class CocoDataModule(DetectionDataModule):
         root: folder that the other paths start from.
         train_images, train_annotations, val_images, val_annotations: folder and JSON of each split.
         batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
-        bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many (COCO's
-            own train2017 has a few).
+        bad_boxes: "error", or "drop" to leave objects whose box has no area or is outside the image, or whose mask is
+            damaged, out, and log how many (COCO's own train2017 has a few).
+        annotation: "boxes", or "masks" to read polygons and run lengths as well; from the task, in `shunted-lit`.
 
     Raises:
-        ValueError: naming the file and the id, where an annotation names no image or category, a box is not as it
-            should be, an image is missing, ids repeat, or there is no image.
+        ValueError: naming the file and the id, where an annotation names no image or category, a box or a mask is not
+            as it should be, an image is missing, ids repeat, or there is no image.
     """
 
     def __init__(
@@ -46,8 +47,9 @@ class CocoDataModule(DetectionDataModule):
         distort: float = 0.5,
         crop: float = 0.5,
         bad_boxes: BadBoxes = "error",
+        annotation: str | None = None,
     ):
-        super().__init__(batch_size, num_workers, flip, distort, crop)
+        super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
         self.save_hyperparameters()
         self.bad_boxes = bad_boxes
         base = Path(root)
@@ -72,7 +74,8 @@ class CocoDataModule(DetectionDataModule):
                 f"{file} has other categories than {self.annotations['val']}: {categories} against {self.categories}"
             )
         check = BoxCheck(self.bad_boxes)
-        records = read_records(file, content, self.images[split], list(categories), check, crowds=split == "val")
+        masks = self.annotation == "masks"
+        records = read_records(file, content, self.images[split], list(categories), check, split == "val", masks)
         check.report(file)
         return FolderDataset(records, relative=False, transform=transform, source=file)
 
@@ -113,9 +116,15 @@ def read_categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
 
 
 def read_records(
-    file: Path, content: dict[str, Any], folder: Path, category_ids: list[int], check: BoxCheck, crowds: bool
+    file: Path,
+    content: dict[str, Any],
+    folder: Path,
+    category_ids: list[int],
+    check: BoxCheck,
+    crowds: bool,
+    masks: bool,
 ) -> list[Record]:
-    """An entry an image of the file, in the order of the ids; crowd regions only where `crowds`."""
+    """An entry an image of the file, in the order of the ids; crowd regions and segments only where asked for."""
     images = by_id(file, "images", content["images"], "file_name", "width", "height")
     label = {category: i for i, category in enumerate(category_ids)}
     records = {}
@@ -128,7 +137,9 @@ def read_records(
                 f"{file}: image {number} needs file_name as text, width and height as whole numbers: {image}"
             )
         if (folder / image["file_name"]).is_relative_to(folder):
-            records[number] = Record(folder / image["file_name"], number, size=(image["width"], image["height"]))
+            size = (image["width"], image["height"])
+            path = folder / image["file_name"]
+            records[number] = Record(path, number, size=size, segments=[] if masks else None)
         else:
             raise ValueError(
                 f"{file}: image {number} has the file_name {image['file_name']}, which is not within {folder}"
@@ -155,13 +166,16 @@ def read_records(
         x, y, w, h = box
         corners = (x, y, x + w, y + h)
         image = images[entry["image_id"]]
+        if masks and "segmentation" not in entry:
+            raise ValueError(f"{where} has no segmentation, but masks are wanted; add it, or train on boxes alone")
         if check.accepts(corners, image["width"], image["height"], SLACK, where):
             record = records[entry["image_id"]]
+            if record.segments is not None:
+                if fault := fault_of(entry["segmentation"], image["height"], image["width"], SLACK):
+                    check.reject(f"{where}: segmentation {fault}")
+                    continue
+                record.segments.append(entry["segmentation"])
             record.boxes.append(corners)
             record.labels.append(label[entry["category_id"]])
             record.crowd.append(bool(entry.get("iscrowd")))
     return list(records.values())
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

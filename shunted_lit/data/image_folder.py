@@ -74,6 +74,9 @@ class ImageFolderDataModule(BaseDataModule):
             bounds; while reading, an image that can't be read. Each names the path.
     """
 
+    offers = ("class",)
+    whole_batches = True
+
     def __init__(
         self,
         root: str,
@@ -149,15 +152,14 @@ class ImageFolderDataModule(BaseDataModule):
         return dataset
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Only whole batches, where there is one: mixup needs pairs, and BatchNorm more than one image."""
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        whole = len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
+        """Images in a new order each epoch, or some of them, each several times."""
         if self.repeats == 1:
-            return self.loader("train", shuffle=True, drop_last=whole)
+            return super().train_dataloader()
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         sampler = RepeatedAugmentation(
             self.datasets["train"], replicas, rank, num_repeats=self.repeats, selected_round=0
         )
-        return self.loader("train", sampler=sampler, drop_last=whole)
+        return self.loader("train", sampler=sampler, drop_last=self.drop_last())
 
 
 def class_folders(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""Scenes written to disk, in YOLO's and COCO's format side by side: data for tests, and a pattern for one's own."""
+"""Scenes written to disk, in several formats side by side: data for tests, and a pattern for one's own."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from shunted_lit.data.digits import NAMES, check_new, load_digits
-from shunted_lit.data.shapes import SHAPES, background, boxes_of, compose, draw_shape
+from shunted_lit.data.segments import run_lengths
+from shunted_lit.data.shapes import SHAPES, background, boxes_of, compose, draw_shape, to_map
 
 SPLITS = ("train", "val")
 Scene = tuple[np.ndarray, np.ndarray, list[int]]  # image, masks, labels: what `compose` returns
@@ -32,7 +33,7 @@ def write_scenes(
     max_objects: int = 8,
     seed: int = 0,
 ) -> None:
-    """Write scenes to a new folder: images, data.yaml with labels for YOLO, annotations for COCO.
+    """Write scenes to a new folder: images; data.yaml with labels for YOLO; annotations and masks for COCO; label maps.
 
     Args:
         out: folder to write; must not exist, or be empty.
@@ -62,15 +63,17 @@ def write_scenes(
     for split, count in (("train", train), ("val", val)):
         images: list[dict] = []
         annotations: list[dict] = []
-        for folder in (out / "images" / split, out / "labels" / split, out / "annotations"):
+        for folder in (*(out / kind / split for kind in ("images", "labels", "masks")), out / "annotations"):
             folder.mkdir(parents=True, exist_ok=True)
         for number in range(count):
             pixels, masks, labels = draw(np.random.default_rng([seed, SPLITS.index(split), number]), split)
             stem = f"{number:06d}"
             Image.fromarray(pixels).save(out / "images" / split / f"{stem}.png")
             images.append({"id": number + 1, "file_name": f"{stem}.png", "width": size, "height": size})
+            label_map = to_map(pixels, masks, labels)[1].numpy()
+            Image.fromarray(label_map).save(out / "masks" / split / f"{stem}.png")
             lines = []
-            for (x1, y1, x2, y2), label in zip(boxes_of(masks), labels, strict=True):
+            for (x1, y1, x2, y2), label, mask in zip(boxes_of(masks), labels, masks, strict=True):
                 fractions = ((x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size)
                 lines.append(f"{label} " + " ".join(f"{value:.12g}" for value in fractions) + "\n")
                 annotations.append(
@@ -79,8 +82,9 @@ def write_scenes(
                         "image_id": number + 1,
                         "category_id": label + 1,
                         "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": (x2 - x1) * (y2 - y1),
+                        "area": int(mask.sum()),
                         "iscrowd": 0,
+                        "segmentation": run_lengths(mask),
                     }
                 )
             (out / "labels" / split / f"{stem}.txt").write_text("".join(lines))
@@ -89,6 +93,7 @@ def write_scenes(
         (out / "annotations" / f"{split}.json").write_text(json.dumps(content))
     description = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
     (out / "data.yaml").write_text(yaml.safe_dump(description, sort_keys=False))
+    (out / "classes.txt").write_text("".join(f"{name}\n" for name in ("background", *names)))  # of the label maps
     print(f"{train} training and {val} validation images in {out}: {out / 'data.yaml'}, {out / 'annotations'}")
 
 

@@ -2,14 +2,17 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.transforms import v2
 
-from shunted_lit.data.base import DetectionDataModule, Sample
+from shunted_lit.data.base import DetectionDataModule, Sample, as_floats, other_colours
 
 
 def regular(corners: int) -> np.ndarray:
@@ -130,28 +133,39 @@ def to_sample(image: np.ndarray, masks: np.ndarray, labels: Sequence[int], image
     return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), target
 
 
-class ShapesDataset(Dataset[Sample]):
+def to_map(image: np.ndarray, masks: np.ndarray, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """An image and its label map (H, W), uint8: 0 for the background, label + 1 where an object is seen."""
+    label_map = (masks * (np.asarray(labels, dtype=np.uint8) + 1)[:, None, None]).sum(axis=0, dtype=np.uint8)
+    return tv_tensors.Image(torch.from_numpy(image).permute(2, 0, 1)), tv_tensors.Mask(label_map)
+
+
+class ShapesDataset(Dataset[Any]):
     """`length` scenes; scene i of a split and seed is always the same. For the arguments see `ShapesDataModule`."""
 
     def __init__(self, split: str, length: int, seed: int, size: int, min_extent: int, max_objects: int,
-                 transform: Callable[..., Sample]):  # fmt: skip
+                 annotation: str, transform: Callable[..., Any]):  # fmt: skip
         self.entropy = [seed, ("train", "val").index(split)]
         self.length, self.size, self.min_extent, self.max_objects = length, size, min_extent, max_objects
-        self.transform = transform
+        self.annotation, self.transform = annotation, transform
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng([*self.entropy, index])
         scene = compose(rng, background(rng, self.size), self.min_extent, self.size / 2, self.max_objects, draw_shape)
-        return self.transform(*to_sample(*scene, image_id=index))
+        if self.annotation == "map":
+            return self.transform(*to_map(*scene))
+        image, target = to_sample(*scene, image_id=index)
+        if self.annotation == "class":
+            return self.transform(image, int(target["labels"][0]))
+        return self.transform(image, target)
 
 
 class ShapesDataModule(DetectionDataModule):
-    """Circles, triangles, squares, stars and crosses, from a few pixels to half the image, with boxes and masks.
+    """Circles, triangles, squares, stars and crosses, from a few pixels to half the image, for every task.
 
     Args:
         train_size, val_size: scenes an epoch; train and val never share one.
@@ -159,11 +173,17 @@ class ShapesDataModule(DetectionDataModule):
         min_extent: longer side of the smallest objects, in pixels.
         max_objects: objects a scene, at most.
         seed: other seed, other scenes.
-        batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
+        batch_size, num_workers, flip, distort: as in `DetectionDataModule`.
+        crop: as there; for boxes and masks.
+        annotation: "masks" or "boxes" of the objects; "map", the class of each pixel, where the background is a class,
+            the first; "class", one object of a quarter of the image or more, and its class. From the task, in
+            `shunted-lit`.
 
     Raises:
         ValueError: a size that is not positive, or objects that do not fit.
     """
+
+    offers = ("masks", "boxes", "map", "class")
 
     def __init__(
         self,
@@ -178,8 +198,9 @@ class ShapesDataModule(DetectionDataModule):
         flip: float = 0.5,
         distort: float = 0.0,
         crop: float = 0.0,
+        annotation: str | None = None,
     ):
-        super().__init__(batch_size, num_workers, flip, distort, crop)
+        super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
         self.save_hyperparameters()
         for name, value in {"train_size": train_size, "val_size": val_size, "max_objects": max_objects}.items():
             if value < 1:
@@ -190,7 +211,17 @@ class ShapesDataModule(DetectionDataModule):
             raise ValueError(f"min_extent is {min_extent}, but 1 to half the size, {size // 2}, is possible")
         self.class_names = list(SHAPES)
         self.lengths = {"train": train_size, "val": val_size}
-        self.scene = (seed, size, min_extent, max_objects)
+        if self.annotation in ("map", "class"):
+            last = as_floats() if self.annotation == "map" else [v2.ToPureTensor()]
+            self.train_transform = v2.Compose([other_colours(distort), v2.RandomHorizontalFlip(flip), *last])
+            self.eval_transform = v2.Compose(last)
+            self.whole_batches = True
+        if self.annotation == "map":
+            self.class_names = ["background", *SHAPES]
+        if self.annotation == "class":
+            self.collate_fn = None  # images (B, 3, size, size), uint8, and labels (B,)
+            min_extent, max_objects = max(min_extent, size // 4), 1
+        self.scene = (seed, size, min_extent, max_objects, self.annotation)
 
-    def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
+    def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
         return ShapesDataset(split, self.lengths[split], *self.scene, transform=transform)

@@ -18,6 +18,7 @@ from shunted_lit.data.base import (
     Record,
     Sample,
 )
+from shunted_lit.data.segments import Segment
 
 SLACK = 1e-3  # of the image: what six decimals and a resize round
 
@@ -27,13 +28,15 @@ class YoloDataModule(DetectionDataModule):
     .txt list of images, or several), `names` (list or mapping).
 
     Labels stand in `labels/` beside `images/`, or next to the image where no folder is named images: a line an object,
-    `class cx cy w h` in fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose box is taken. An
-    image without a label file, or with an empty one, is background; how many there are is logged.
+    `class cx cy w h` in fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose box is taken; where
+    masks are wanted, each line needs one. An image without a label file, or with an empty one, is background; how many
+    there are is logged.
 
     Args:
         data: path of data.yaml.
         batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
         bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many.
+        annotation: "boxes", or "masks" to read polygons as masks; from the task, in `shunted-lit`.
 
     Raises:
         ValueError: naming the file and line, where data.yaml or a label file is not as above, a class is not among
@@ -49,8 +52,9 @@ class YoloDataModule(DetectionDataModule):
         distort: float = 0.5,
         crop: float = 0.5,
         bad_boxes: BadBoxes = "error",
+        annotation: str | None = None,
     ):
-        super().__init__(batch_size, num_workers, flip, distort, crop)
+        super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
         self.save_hyperparameters()
         self.file, self.bad_boxes = Path(data), bad_boxes
         self.content = read_data_yaml(self.file)
@@ -62,10 +66,11 @@ class YoloDataModule(DetectionDataModule):
         labelled = [label_path(image) for image in images]
         if repeated := [label for label, count in Counter(labelled).items() if count > 1]:
             raise ValueError(f"{self.file}, {split}: {repeated[0]} belongs to several images, or one is named twice")
-        records = [
-            Record(image, i, *read_labels(label, self.class_names, check))
-            for i, (image, label) in enumerate(zip(images, labelled, strict=True))
-        ]
+        masks = self.annotation == "masks"
+        records = []
+        for i, (image, label) in enumerate(zip(images, labelled, strict=True)):
+            boxes, labels, segments = read_labels(label, self.class_names, check, masks)
+            records.append(Record(image, i, boxes, labels, segments=segments if masks else None))
         check.report(self.file)
         forbid_orphans(images, labelled)
         return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
@@ -151,10 +156,14 @@ def forbid_orphans(images: list[Path], labelled: list[Path]) -> None:
 
 
 def read_labels(
-    file: Path, names: list[str], check: BoxCheck
-) -> tuple[list[tuple[float, float, float, float]], list[int]]:
-    """Boxes (x1 y1 x2 y2, in fractions of the image) and classes of a label file; none where there is no file."""
+    file: Path, names: list[str], check: BoxCheck, masks: bool = False
+) -> tuple[list[tuple[float, float, float, float]], list[int], list[Segment]]:
+    """Boxes (x1 y1 x2 y2, in fractions of the image), classes and polygons of a label file; none where there is none.
+
+    Where `masks`, a line without a polygon is an error.
+    """
     boxes, labels = [], []
+    segments: list[Segment] = []
     for number, line in enumerate(read_lines(file) if file.exists() else [], 1):
         if not line.strip():
             continue
@@ -172,6 +181,10 @@ def read_labels(
         label, *rest = values
         if label != int(label) or not 0 <= label < len(names):
             raise ValueError(f"{where}: class {label:g}, but names has the classes 0 to {len(names) - 1}")
+        if masks and len(rest) == 4:
+            raise ValueError(
+                f"{where}: a box, but masks are wanted: class x1 y1 x2 y2 x3 y3 ... is needed on each line"
+            )
         if len(rest) == 4:
             cx, cy, w, h = rest
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
@@ -180,4 +193,5 @@ def read_labels(
         if check.accepts(box, 1, 1, SLACK, where):
             boxes.append(box)
             labels.append(int(label))
-    return boxes, labels
+            segments.append([rest])
+    return boxes, labels, segments

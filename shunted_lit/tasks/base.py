@@ -1,8 +1,9 @@
 """What all tasks share: optimizer, schedule, names of the classes."""
 
+import bisect
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,20 @@ class Schedule(LambdaLR):
             group["initial_lr"], group["lr"] = lr, lr * factor(self.last_epoch)
 
 
-class BaseTask(LightningModule):
-    """AdamW without decay on norms and biases; linear warm-up, then cosine, both by the step.
+# After the warm-up, by name: the share of (rate - min_lr) that is left, from the share of the steps done and `power`.
+SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
+    "cosine": lambda done, power: (1 + math.cos(math.pi * done)) / 2,
+    "poly": lambda done, power: (1 - done) ** power,
+    "constant": lambda done, power: 1.0,
+}
 
-    A subclass names in `monitor` the logged value that tells its best checkpoint, calls `save_hyperparameters` (only
-    primitive ones: a checkpoint must load with `weights_only=True`), and builds its network.
+
+class BaseTask(LightningModule):
+    """AdamW without decay on norms and biases; linear warm-up, then a schedule, both by the step.
+
+    A subclass names in `monitor` the logged value that tells its best checkpoint and in `annotation` what it learns
+    from (the words of `BaseDataModule`), calls `save_hyperparameters` (only primitive ones: a checkpoint must load
+    with `weights_only=True`), and builds its network.
 
     Args:
         num_classes: number of classes; labels run from 0.
@@ -42,12 +52,21 @@ class BaseTask(LightningModule):
         warmup_lr: the rate at the start.
         lr_batch: where given, the three rates are meant for a step of so many images, and scaled to the images that
             a step has over all devices (linear scaling, Goyal et al., arXiv 1706.02677).
+        schedule: "cosine", "poly" (falls as (1 - share of the steps) ** power) or "constant".
+        power: of "poly".
+        milestones: epochs at whose start the rate is divided by 10.
 
     Raises:
         ValueError: class names that are not `num_classes`, a rate or a time that is too small.
     """
 
     monitor: str
+    annotation = ""  # whatever the data come with
+
+    @classmethod
+    def annotation_for(cls, options: Mapping[str, Any]) -> str:
+        """What a task with these arguments learns from."""
+        return cls.annotation
 
     def __init__(
         self,
@@ -59,8 +78,15 @@ class BaseTask(LightningModule):
         min_lr: float,
         warmup_lr: float = 0.0,
         lr_batch: int | None = None,
+        schedule: str = "cosine",
+        power: float = 0.9,
+        milestones: Sequence[float] = (),
     ):
         super().__init__()
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {schedule!r}; choose one of {', '.join(sorted(SCHEDULES))}")
+        if list(milestones) != sorted(milestones) or any(epoch <= 0 for epoch in milestones):
+            raise ValueError(f"milestones are {list(milestones)}, but rising numbers of epochs, above 0, are needed")
         bounds = {
             "lr": (lr > 0, "above 0"),
             "weight_decay": (weight_decay >= 0, "0 or more"),
@@ -68,6 +94,7 @@ class BaseTask(LightningModule):
             "min_lr": (0 <= min_lr <= lr, f"0 to lr, {lr:g}"),
             "warmup_lr": (0 <= warmup_lr <= lr, f"0 to lr, {lr:g}"),
             "lr_batch": (lr_batch is None or lr_batch > 0, "1 or more"),
+            "power": (power > 0, "above 0"),
         }
         for name, (within, rule) in bounds.items():
             if not within:
@@ -77,6 +104,22 @@ class BaseTask(LightningModule):
         self.class_names = list(class_names or map(str, range(num_classes)))
         self.lr, self.weight_decay, self.warmup_epochs, self.min_lr = lr, weight_decay, warmup_epochs, min_lr
         self.warmup_lr, self.lr_batch = warmup_lr, lr_batch
+        self.schedule, self.power, self.milestones = schedule, power, list(milestones)
+
+    def check_data(self, data: Any) -> None:
+        """Raises ValueError where a data module comes with something else than this task learns from."""
+        given = getattr(data, "annotation", self.annotation)
+        if (
+            self.annotation and given != self.annotation and (given, self.annotation) != ("masks", "boxes")
+        ):  # masks have boxes besides
+            raise ValueError(
+                f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; choose "
+                f"other data, or give it annotation={self.annotation!r}"
+            )
+
+    def setup(self, stage: str) -> None:
+        if stage != "predict":
+            self.check_data(getattr(self.trainer, "datamodule", None))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__  # so that a file alone tells what it is
@@ -136,12 +179,15 @@ class BaseTask(LightningModule):
         per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         warmup = min(int(self.warmup_epochs * per_epoch), total - 1)
         first, lowest = self.warmup_lr / self.lr, self.min_lr / self.lr
+        falls = [epoch * per_epoch for epoch in self.milestones]
+        if falls and falls[-1] >= total:
+            rank_zero_info(f"training ends after {total / per_epoch:g} epochs, before all milestones {self.milestones}")
 
         def factor(step: int) -> float:
             if step < warmup:
                 return first + (1 - first) * (step + 1) / (warmup + 1)
-            progress = min((step - warmup) / (total - warmup), 1.0)
-            return lowest + (1 - lowest) * (1 + math.cos(math.pi * progress)) / 2
+            left = SCHEDULES[self.schedule](min((step - warmup) / (total - warmup), 1.0), self.power)
+            return (lowest + (1 - lowest) * left) * 0.1 ** bisect.bisect_right(falls, step)
 
         lr = self.lr * self.lr_factor()
         groups = [{**group, "lr": lr * group.get("lr_scale", 1.0)} for group in self.parameter_groups()]

@@ -64,6 +64,7 @@ class ClassificationTask(BaseTask):
     """
 
     monitor = "val/acc1"
+    annotation = "class"
 
     def __init__(
         self,
@@ -179,8 +180,10 @@ class ClassificationTask(BaseTask):
         draw_classes(path, images, labels, probabilities, self.class_names)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Probabilities (B, num_classes)."""
-        return self(batch[0]).softmax(-1)
+        """Probabilities (B, num_classes), of images in one tensor, or of a list of images in sizes of their own."""
+        images = batch[0]
+        logits = self(images) if isinstance(images, Tensor) else torch.cat([self(image[None]) for image in images])
+        return logits.softmax(-1)
 
 
 def build_classifier(

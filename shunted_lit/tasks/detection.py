@@ -1,13 +1,13 @@
-"""Object detection: a torchvision detector on any timm backbone, with or without the neck."""
+"""Object detection and instance segmentation: torchvision's detectors on any timm backbone, with or without neck."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from shunted_lit.detectors import build_detector
+from shunted_lit.detectors import DETECTORS, build_detector, detect
 from shunted_lit.features import FeaturePath
 from shunted_lit.pictures import draw_predictions
 from shunted_lit.tasks.base import BaseTask
@@ -20,32 +20,49 @@ class DetectionTask(BaseTask):
 
     Logs `train/loss` and each part of it, and `val/map`, `val/map_50`, `val/map_small`, `val/map_medium`,
     `val/map_large` (COCO's average precision; small is under 32 x 32 pixels, large from 96 x 96; -1 where the
-    validation set has no such object). `test` logs the same under `test/`.
+    validation set has no such object). mask_rcnn logs the same of its masks besides, as `val/mask_map` and so on.
+    `test` logs the same under `test/`.
+
+    In evaluation, a prediction does not depend on the other images of its batch: only images of one size share one.
 
     Args:
         num_classes: number of classes; from the data, in `shunted-lit`.
         class_names: a name for each class; from the data, in `shunted-lit`.
-        detector: "fcos" or "retinanet".
+        detector: "fcos", "retinanet", "faster_rcnn" or "mask_rcnn".
         backbone: name of a timm model, shunted_t, shunted_s and shunted_b among them.
         pretrained: start the backbone from timm's published weights.
+        weights: start the backbone from a file instead: a checkpoint of the authors', of timm or of
+            `shunted-lit fit` on classes, or .safetensors.
         neck: keywords of `ShuntedTransformer`, {} for its defaults, null for no neck.
         neck_levels: levels that get a neck; level l has stride 2 ** l.
         levels: levels of the backbone that the pyramid is built from.
-        extra_levels: coarser pyramid levels on top: 0, 1 or 2.
-        pyramid_channels: channels of the pyramid.
+        extra_levels: coarser pyramid levels on top: 0, 1 (published for R-CNNs) or 2 (for FCOS and RetinaNet).
+        pyramid_channels: channels of the pyramid; the heads of R-CNNs are as wide as published over 256.
         anchor_scale: size of the anchors over the published one; less than 1 for small images or objects.
         min_size: short side that images are scaled to; of several, training draws one an image.
         max_size: bound on the long side.
         freeze_backbone: train neck, pyramid and head alone.
+        grad_checkpointing: compute backbone and neck again in the backward pass: less memory, more time.
         backbone_options: further keywords for `timm.create_model`.
         detector_options: further keywords for torchvision's detector, such as `score_thresh`.
         lr: peak learning rate.
         weight_decay: AdamW's, on weights other than norms and biases.
         warmup_epochs: epochs, or a fraction of one, over which the rate rises to `lr`.
         min_lr: the rate at the end.
+        warmup_lr: the rate at the start.
+        lr_batch: images a step for which the rates are meant; they are scaled to those of this run. null: as they are.
+        schedule: "cosine", "poly" or "constant", after the warm-up.
+        power: of "poly".
+        milestones: epochs at whose start the rate is divided by 10.
     """
 
     monitor = "val/map"
+    MEASURES = ("map", "map_50", "map_small", "map_medium", "map_large")
+
+    @classmethod
+    def annotation_for(cls, options: Mapping[str, Any]) -> str:
+        entry = DETECTORS.get(options.get("detector", "fcos"))
+        return entry.annotation if entry else "boxes"  # of an unknown one the constructor tells
 
     def __init__(
         self,
@@ -54,6 +71,7 @@ class DetectionTask(BaseTask):
         detector: str = "fcos",
         backbone: str = "resnet18",
         pretrained: bool = False,
+        weights: str | None = None,
         neck: dict[str, Any] | None = None,
         neck_levels: list[int] = [5],  # noqa: B006 - read only; a list, as YAML and checkpoints hold it
         levels: list[int] = [3, 4, 5],  # noqa: B006
@@ -63,16 +81,29 @@ class DetectionTask(BaseTask):
         min_size: int | list[int] = 800,
         max_size: int = 1333,
         freeze_backbone: bool = False,
+        grad_checkpointing: bool = False,
         backbone_options: dict[str, Any] | None = None,
         detector_options: dict[str, Any] | None = None,
         lr: float = 1e-4,
         weight_decay: float = 0.05,
         warmup_epochs: float = 0.5,
         min_lr: float = 1e-6,
+        warmup_lr: float = 0.0,
+        lr_batch: int | None = None,
+        schedule: str = "cosine",
+        power: float = 0.9,
+        milestones: list[float] = [],  # noqa: B006
     ):
-        super().__init__(num_classes, class_names, lr, weight_decay, warmup_epochs, min_lr)
-        self.save_hyperparameters(ignore=["pretrained"])  # a checkpoint holds its weights: nothing is fetched for it
-        features = FeaturePath(backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options)
+        super().__init__(
+            num_classes, class_names, lr, weight_decay, warmup_epochs, min_lr, warmup_lr, lr_batch, schedule, power,
+            milestones,
+        )  # fmt: skip
+        # A checkpoint holds weights of its own: nothing is fetched or read for it.
+        self.save_hyperparameters(ignore=["pretrained", "weights"])
+        features = FeaturePath(
+            backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options, weights,
+            grad_checkpointing,
+        )  # fmt: skip
         self.detector = build_detector(
             detector,
             features,
@@ -84,11 +115,17 @@ class DetectionTask(BaseTask):
             max_size,
             **(detector_options or {}),
         )
-        self.mean_ap = MeanAveragePrecision(backend="faster_coco_eval")
+        self.annotation = DETECTORS[detector].annotation
+        kinds: list[Any] = ["bbox"] if self.annotation == "boxes" else ["bbox", "segm"]
+        # One a kind: one for both would take small and large of the masks by the boxes' areas.
+        self.mean_ap: Any = nn.ModuleDict(
+            {kind: MeanAveragePrecision(iou_type=kind, backend="faster_coco_eval") for kind in kinds}
+        )
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """Images [(3, H_i, W_i)] in 0..1 -> [{"boxes": (n, 4) x1 y1 x2 y2 in pixels, "labels", "scores": (n,)}]."""
-        return self.detector(images)
+        """Images [(3, H_i, W_i)] in 0..1 -> [{"boxes": (n, 4) x1 y1 x2 y2 in pixels, "labels", "scores": (n,)}], and
+        "masks" (n, H_i, W_i), bool, of mask_rcnn."""
+        return detect(self.detector, images)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch
@@ -100,7 +137,9 @@ class DetectionTask(BaseTask):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         images, targets = batch
-        self.mean_ap.update(self(images), targets)
+        results = self(images)
+        for metric in self.mean_ap.values():
+            metric.update(results, targets)
 
     def on_validation_epoch_end(self) -> None:
         self._log_mean_ap("val")
@@ -121,8 +160,10 @@ class DetectionTask(BaseTask):
         draw_predictions(path, images, truths, predictions, self.class_names)
 
     def _log_mean_ap(self, stage: str) -> None:
-        scores = self.mean_ap.compute()
-        self.mean_ap.reset()
-        names = ("map", "map_50", "map_small", "map_medium", "map_large")
-        self.log_dict({f"{stage}/{name}": scores[name].float() for name in names[2:]})
-        self.log_dict({f"{stage}/{name}": scores[name].float() for name in names[:2]}, prog_bar=True)
+        for kind, metric in self.mean_ap.items():
+            prefix = "mask_" if kind == "segm" else ""
+            scores = metric.compute()
+            metric.reset()
+            for name in self.MEASURES:
+                shown = name in self.MEASURES[:2]
+                self.log(f"{stage}/{prefix}{name}", scores[name].float(), prog_bar=shown)
