@@ -1,23 +1,33 @@
 """The neck in Ultralytics' YOLO: model YAMLs, weights, and every way in which a new interpreter meets the neck."""
 
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import ultralytics
 import yaml
+from lightning.pytorch import Trainer
 from torch import nn
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
+import shunted_lit as package
 import shunted_lit.ultralytics as adapter
 from shunted_lit.cli import main
+from shunted_lit.data.scenes import write_scenes
+from shunted_lit.tasks import DetectionTask
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = [
     family for family in ("yolo26", "yolo11") if list(Path(ultralytics.__file__).parent.rglob(f"{family}.yaml"))
 ]
 NANO = f"{FAMILIES[0]}n"
+NEW = hasattr(tasks, "_SafeLoad")  # the Ultralytics of a year ago tunes by its own command, which reads a .pt
 SMALL = {"depth": 1, "mlp_ratios": 1}
 
 
@@ -180,3 +190,250 @@ def test_a_fixed_number_of_channels_is_told():
     Path("mine.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     with pytest.raises(ValueError, match=r"shape \[1, 256, .*, but \(B, 512, H, W\) is needed"):
         YOLO("mine.yaml")
+
+
+# --- weights that carry over
+
+
+def test_all_of_the_base_is_taken_with_classes_and_names(base, capsys):
+    start = YOLO(base)
+    start.model = type(start.model)({**start.model.yaml, "nc": 3}, verbose=False)
+    start.model.names = {0: "a", 1: "b", 2: "c"}
+    stir(start.model)
+    start.save("mine.pt")
+    adapter.write_yaml(NANO, Path("mine.yaml"), neck=SMALL)
+    main(["yolo", "weights", "--model", "mine.yaml", "--base", "mine.pt", "--out", "new.pt"])
+    count = len(start.model.state_dict())
+    assert f"{count} of the {count} tensors of mine.pt are taken" in capsys.readouterr().out
+    assert count == (708 if NANO == "yolo26n" else 499)
+    new, old = YOLO("new.pt"), YOLO("mine.pt")
+    assert new.names == {0: "a", 1: "b", 2: "c"}
+    x = torch.rand(1, 3, 64, 96)
+    torch.testing.assert_close(predict(new.model, x), predict(old.model, x), rtol=1e-5, atol=1e-4)
+    others = adapter.transfer_weights(YOLO("mine.yaml").model, old.model)
+    assert 0.8 * count < others[0] < others[1] == count, "a head for other classes gives what fits"
+
+
+def test_a_neck_that_fit_trained_is_put_in_place():
+    task = DetectionTask(num_classes=2, neck={"depth": 1, "num_heads": 4}, neck_levels=[4], pyramid_channels=32)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
+    trainer.strategy.connect(task)
+    path = "run.ckpt"
+    trainer.save_checkpoint(path)
+    trained = task.detector.backbone.body.necks["4"].state_dict()
+    for name, neck in {"plain": {"layer_scale": None}, "scaled": {}}.items():
+        adapter.write_yaml(NANO, Path(f"{name}.yaml"), [6, 10], {"depth": 1, "num_heads": 4, **neck})
+        if NANO == "yolo26n":  # layer 6 has 128 channels, layer 10 those of resnet18's level 4, 256
+            with pytest.raises(ValueError, match=r"weights do not fit.*cin=256"):
+                adapter.write_weights(Path(f"{name}.yaml"), Path(f"{name}.pt"), neck=path, layer=7)
+        adapter.write_weights(Path(f"{name}.yaml"), Path(f"{name}.pt"), neck=path, layer=12)
+        placed = YOLO(f"{name}.pt").model.model[12].state_dict()
+        assert not placed.pop("layer_scale.gamma", torch.zeros(1)).any()
+        assert placed.keys() == trained.keys()
+        for key, value in placed.items():
+            torch.testing.assert_close(value, trained[key], rtol=1e-3, atol=1e-4)  # a .pt holds half precision
+    adapter.write_yaml(NANO, Path("two.yaml"), 10, {"depth": 1})
+    with pytest.raises(ValueError, match="has 4 heads, but layer 11 has 2"):
+        adapter.write_weights(Path("two.yaml"), Path("two.pt"), neck=path)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "nothing to take weights from"),
+        ({"base": "none.pt"}, "none.pt: no checkpoint of Ultralytics"),
+        ({"base": "other.pt"}, "other.pt does not fit neck.yaml: the base is another model: .* missing"),
+        ({"base": "shallow.pt"}, "the base has 21 layers, but the model has 2[34] besides its necks"),
+        ({"base": "segment.pt"}, "segment.pt is for the task 'segment', but neck.yaml for 'detect'"),
+        ({"base": "neck.yaml"}, "neck.yaml: no checkpoint"),
+        ({"base": "{base}", "model": Path("bare.yaml")}, "bare.yaml has no neck"),
+        ({"base": "{base}", "model": Path("none.yaml")}, "'none.yaml' is no file"),
+        ({"base": "{base}", "out": Path("neck.yaml")}, r"must end in \.pt"),
+        ({"base": "{base}", "out": Path("other.pt")}, "other.pt is there already"),
+        ({"neck": "other.pt"}, "other.pt: holds .* is not loaded"),
+        ({"neck": "none.ckpt"}, "none.ckpt: no such file"),
+        ({"neck": "none.ckpt", "layer": 10}, r"are the layers \[11\], and layer is 10"),
+    ],
+)
+def test_wrong_weights_are_told(others, base, keywords, message):
+    shutil.copytree(others, ".", dirs_exist_ok=True)
+    keywords = {key: str(base) if value == "{base}" else value for key, value in keywords.items()}
+    with pytest.raises(ValueError, match=message):
+        adapter.write_weights(**{"model": Path("neck.yaml"), "out": Path("out.pt"), **keywords})
+    assert not Path("out.pt").exists()
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """A model with the neck, one without, and checkpoints that do not fit."""
+    folder = tmp_path_factory.mktemp("others")
+    adapter.write_yaml(NANO, folder / "neck.yaml", neck=SMALL)
+    (folder / "bare.yaml").write_text(yaml.safe_dump(tasks.yaml_model_load(f"{NANO}.yaml")))
+    kinds = {"other": "yolov9t" if NANO == "yolo11n" else "yolo11n", "shallow": "yolov3-tiny", "segment": f"{NANO}-seg"}
+    for name, kind in kinds.items():
+        YOLO(f"{kind}.yaml").save(folder / f"{name}.pt")
+    return folder
+
+
+# --- new interpreters: each of these runs in one of its own
+
+TRAIN = "epochs=1, imgsz=64, batch=4, workers=0, plots=False, device='cpu', exist_ok=True"
+
+
+def run(*words, status=0, **environment):
+    """Runs Python with these words in a new interpreter; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=300, env={**os.environ, **environment}
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def yolo(path, call, before=""):
+    """Runs a method of Ultralytics' YOLO in a new interpreter that knows of the neck by `before` or the file."""
+    return run("-c", f"{before}\nfrom ultralytics import YOLO\nprint('result:', YOLO({str(path)!r}).{call})")
+
+
+def has_neck(path, index=11):
+    layer = YOLO(path).model.model[index]
+    return isinstance(layer, adapter.ShuntedTransformer)
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    for i, name in enumerate("ab"):
+        write_scenes(folder / name, train=8, val=4, size=64, seed=i)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / f"{NANO}-shunted.yaml"
+    adapter.write_yaml(NANO, path, neck=SMALL)
+    return path
+
+
+@pytest.fixture(scope="module")
+def best(tmp_path_factory, model, scenes):
+    """The checkpoint of a run from the YAML, by `shunted-lit yolo train`, which knows the neck from the start."""
+    project = tmp_path_factory.mktemp("run")
+    words = [f"model={model}", f"data={scenes / 'a/data.yaml'}", f"project={project}", "name=x"]
+    run("-m", "shunted_lit", "yolo", "train", *words, *TRAIN.replace("'", "").split(", "))
+    return project / "x/weights/best.pt"
+
+
+def test_train_from_the_yaml(best):
+    assert has_neck(best)
+
+
+def test_fine_tuning_from_best(best, scenes):
+    yolo(best, f"train(data={str(scenes / 'b/data.yaml')!r}, {TRAIN}, project={os.getcwd()!r}, name='x')")
+    tuned = YOLO("x/weights/best.pt").model
+    assert has_neck("x/weights/best.pt")
+    moved = [not torch.equal(a, b) for a, b in zip(tuned.parameters(), YOLO(best).model.parameters(), strict=True)]
+    assert any(moved)
+
+
+def test_predict(best, scenes):
+    out = yolo(best, f"predict({str(scenes / 'a/images/val/000000.png')!r}, conf=0.0)[0].boxes.shape")
+    assert re.search(r"result: .*\[[1-9]\d*, 6\]", out)
+
+
+def test_val(best, scenes):
+    out = yolo(best, f"val(data={str(scenes / 'a/data.yaml')!r}, imgsz=64, workers=0, plots=False).box.map")
+    assert re.search(r"result: \d", out)
+
+
+def test_export(best, tmp_path):
+    shutil.copy(best, tmp_path)
+    yolo(tmp_path / "best.pt", "export(format='torchscript', imgsz=64)")
+    assert (tmp_path / "best.torchscript").stat().st_size > 1e6
+
+
+IMPORT = "import shunted_lit.ultralytics"
+
+
+@pytest.mark.skipif(not NEW, reason="this Ultralytics trains on one data set at a time")
+def test_data_sets_in_a_row(model, scenes):
+    data = [str(scenes / name / "data.yaml") for name in "ab"]
+    yolo(model, f"train(data={data}, {TRAIN}, project={os.getcwd()!r})", IMPORT)
+    found = sorted(Path().rglob("best.pt"))
+    assert len(found) == 2
+    assert all(map(has_neck, found))
+
+
+def test_tune(model, best, scenes):
+    data, start = str(scenes / "a/data.yaml"), model if NEW else best
+    yolo(start, f"tune(data={data!r}, {TRAIN}, iterations=1, project={os.getcwd()!r}, val=False)", IMPORT)
+    found = list(Path().rglob("tune*/weights/best.pt"))
+    assert len(found) == 1
+    assert has_neck(found[0])
+
+
+def test_a_worker_of_several_gpus(model, scenes):
+    """Ultralytics writes a file and starts it once a GPU; here it is written by one process and run by another."""
+    out = run("-c", f"""{IMPORT}
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.dist import generate_ddp_file
+data = {str(scenes / "a/data.yaml")!r}
+trainer = DetectionTrainer(overrides=dict(model={str(model)!r}, data=data, {TRAIN}, project={os.getcwd()!r}, name='x'))
+print('file:', generate_ddp_file(trainer))
+""")  # fmt: skip
+    run(re.search("^file: (.+)$", out, re.MULTILINE)[1])
+    assert has_neck("x/weights/best.pt")
+
+
+@pytest.mark.skipif(not hasattr(tasks, "_SafeLoad"), reason="this Ultralytics has no restricted loading")
+def test_restricted_loading(best, scenes):
+    image = scenes / "a/images/val/000000.png"
+    words = ["predict", f"model={best}", f"source={image}", "imgsz=64", "save=False"]
+    out = run("-m", "shunted_lit", "yolo", *words, ULTRALYTICS_SAFE_LOAD="1")
+    assert "000000.png" in out
+
+
+# --- errors as they are seen
+
+
+@pytest.fixture
+def not_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "shunted_lit.ultralytics")
+    monkeypatch.delattr(package, "ultralytics")
+
+
+def test_a_missing_package_is_told(not_imported, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    with pytest.raises(ValueError, match=r"needs Ultralytics .*: pip install -U 'shunted-lit\[ultralytics\]'"):
+        main(["yolo", "yaml", "--base", "yolo11n", "--out", "x.yaml"])
+    main(["yolo", "--help"])
+    assert "shunted-lit yolo weights" in capsys.readouterr().out
+
+
+def test_a_package_that_is_too_old_is_told(not_imported, monkeypatch):
+    monkeypatch.setattr(ultralytics, "__version__", "8.3.9")
+    with pytest.raises(ValueError, match=rf"is 8\.3\.9, but {adapter.OLDEST} is the oldest that works: pip"):
+        main(["yolo", "train"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "epoch=3"], "'epoch' is not a valid YOLO argument"),
+        (["train", "model=none.yaml"], r"none\.yaml.* does not exist"),
+        (["yaml", "--base", "yolo11n"], "required: out|--out"),
+    ],
+)
+def test_wrong_words_are_told(words, message, capsys):
+    with pytest.raises((ValueError, OSError, SystemExit)) as raised:
+        main(["yolo", *words])
+    assert re.search(message, re.sub(r"\x1b\[[\d;]*m", "", str(raised.value) + capsys.readouterr().err))
+
+
+def test_a_line_and_no_traceback():
+    out = run("-m", "shunted_lit", "yolo", "yaml", "--base", "yolo11n", "--out", "x.yaml", "--after", "99", status=2)
+    assert "Traceback" not in out
+    assert "shunted-lit: error: yolo11n has no layer 99" in out
+
+
+def test_the_core_does_not_import_it():
+    run("-c", "import sys, shunted_lit, shunted_lit.cli; sys.exit('ultralytics' in sys.modules)")
