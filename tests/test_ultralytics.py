@@ -7,13 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnxruntime
+import openvino
 import pytest
+import skimage.data
 import torch
 import ultralytics
 import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
 from torch import nn
 from ultralytics import YOLO
+from ultralytics.data.augment import LetterBox
 from ultralytics.nn import tasks
 
 import shunted_lit as package
@@ -390,6 +396,63 @@ def test_restricted_loading(best, scenes):
     words = ["predict", f"model={best}", f"source={image}", "imgsz=64", "save=False"]
     out = run("-m", "shunted_lit", "yolo", *words, ULTRALYTICS_SAFE_LOAD="1")
     assert "000000.png" in out
+
+
+# --- exports of the whole detector
+
+
+@pytest.fixture(scope="module")
+def awake(best, tmp_path_factory):
+    """The trained detector, its neck with a say."""
+    path = tmp_path_factory.mktemp("awake") / "awake.pt"
+    yolo = YOLO(best)
+    nn.init.constant_(yolo.model.model[11].layer_scale.gamma, 0.5)
+    yolo.save(path)
+    return path
+
+
+def run_torchscript(path):
+    program = torch.jit.load(path)
+    return lambda x: program(x)
+
+
+def run_onnx(path):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def run_openvino(path):
+    (file,) = Path(path).glob("*.xml")
+    # On CPUs that have it, OpenVINO calculates in bfloat16 unless told otherwise.
+    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda x: torch.from_numpy(model(x.numpy())[0])
+
+
+STATIC, DYNAMIC = [(640, 416)], [(640, 416), (416, 640), (20, 640), (31, 45)]
+
+
+@pytest.mark.parametrize(
+    ("runner", "options", "sizes"),
+    [
+        (run_torchscript, {"format": "torchscript", "imgsz": (640, 416)}, STATIC),
+        (run_onnx, {"format": "onnx", "imgsz": (640, 416), "simplify": False}, STATIC),
+        (run_onnx, {"format": "onnx", "dynamic": True, "simplify": False}, DYNAMIC),
+        (run_openvino, {"format": "openvino", "dynamic": True}, DYNAMIC),
+    ],
+    ids=["torchscript", "onnx", "onnx dynamic", "openvino dynamic"],
+)
+def test_exports_detect_alike(awake, tmp_path, runner, options, sizes):
+    """On a photograph of these sizes (H, W), padded to multiples of 32 as Ultralytics does."""
+    model = YOLO(awake).model.fuse().eval()
+    shutil.copy(awake, tmp_path / "model.pt")
+    detect = runner(YOLO(tmp_path / "model.pt").export(**options))
+    for height, width in sizes:
+        photograph = Image.fromarray(skimage.data.astronaut()).resize((width, height))
+        padded = LetterBox((640, 640), auto=True, stride=32)(image=np.asarray(photograph))
+        x = torch.from_numpy(padded.transpose(2, 0, 1).copy())[None].float() / 255
+        expected, found = predict(model, x), detect(x)
+        assert found.shape == expected.shape
+        assert (found - expected).abs().max() < 1e-3, f"{height} x {width}: boxes in pixels, scores in 0..1"
 
 
 # --- errors as they are seen
