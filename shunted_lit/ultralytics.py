@@ -151,15 +151,19 @@ def read_yaml(name: str) -> dict[str, Any]:
         content = tasks.yaml_model_load(path)
     except FileNotFoundError:
         folder = Path(ultralytics.__file__).parent / "cfg/models"
-        close = difflib.get_close_matches(Path(path).stem, [file.stem for file in folder.rglob("*.yaml")], n=3)
+        close = difflib.get_close_matches(Path(name).stem.lower(), [file.stem for file in folder.rglob("*.yaml")], n=3)
         raise ValueError(
             f"{name!r} is no file, and no model of Ultralytics {ultralytics.__version__}; close names: "
             f"{', '.join(close) or 'none'}, with the letter of the scale after the number, as in yolo26s"
         ) from None
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{name}: not a readable model YAML ({error})") from None
-    if not all(isinstance(content.get(key), list) and content[key] for key in ("backbone", "head")):
+    layers = [content.get(key) for key in ("backbone", "head")]
+    if not all(isinstance(some, list) and some for some in layers):
         raise ValueError(f"{name} is no model YAML: it needs layers in backbone and head")
+    for number, layer in enumerate([*layers[0], *layers[1]]):
+        if not isinstance(layer, list) or len(layer) != 4:
+            raise ValueError(f"{name}: layer {number} is {layer}, but [from, repeats, module, [arguments]] is needed")
     if content["scale"] and content["scale"] not in content.get("scales", {content["scale"]: None}):
         raise ValueError(f"{name} is scale {content['scale']!r} by its name, but has {', '.join(content['scales'])}")
     return content
@@ -169,9 +173,12 @@ def channels_of(base: str, content: dict[str, Any], places: Sequence[int]) -> li
     """Channels of the maps (B, C, H, W) of some layers, found by a run on torch's meta device: no memory, no time."""
     size, scales = content.get("channels", 3), content.get("scales")
     named = {**deepcopy(content), "scale": next(iter(scales))} if scales else deepcopy(content)
-    with torch.device("meta"):
-        layers, _ = tasks.parse_model(named, ch=size, verbose=False)
-        x = torch.empty(1, size, 256, 256)
+    try:
+        with torch.device("meta"):
+            layers, _ = tasks.parse_model(named, ch=size, verbose=False)
+            x = torch.empty(1, size, 256, 256)
+    except Exception as error:  # whatever Ultralytics says to a layer that it does not know, or wrong arguments
+        raise ValueError(f"Ultralytics can't build {base}: {type(error).__name__}, {error}") from error
     maps: list[Any] = []
     for i, layer in enumerate(layers[: max(places) + 1].eval()):
         sources = [layer.f] if isinstance(layer.f, int) else layer.f
@@ -308,7 +315,10 @@ def write_weights(
     content = read_yaml(str(model))
     if not any(layer[2] == ShuntedTransformer.__name__ for layer in (*content["backbone"], *content["head"])):
         raise ValueError(f"{model} has no neck; `shunted-lit yolo yaml` writes one that has")
-    yolo = YOLO(str(model))
+    try:
+        yolo = YOLO(str(model))
+    except Exception as error:  # as in channels_of
+        raise ValueError(f"Ultralytics can't build {model}: {type(error).__name__}, {error}") from error
     if base is not None:
         start = read_base(base)
         if start.task != yolo.task:

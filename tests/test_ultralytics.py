@@ -159,6 +159,8 @@ def test_yaml_arguments_as_the_source_has_them():
         ("yolo11s", 10, {"cin": 512}, "leave it out"),
         ("none.yaml", None, {}, "'none.yaml' is no file"),
         ("data.yaml", None, {}, "data.yaml is no model YAML: it needs layers in backbone and head"),
+        ("short.yaml", None, {}, r"short.yaml: layer 1 is \[-1, 'Conv'\], but \[from, repeats, module"),
+        ("foreign.yaml", None, {}, "Ultralytics can't build foreign.yaml: KeyError, 'Foreign'"),
         ("broken.yaml", None, {}, "broken.yaml: not a readable model YAML"),
         ("yolo11q-cut.yaml", None, {}, "'yolo11q-cut.yaml' is no file"),
         ("yolo11x-cut.yaml", None, {}, "is scale 'x' by its name, but has n"),
@@ -169,6 +171,8 @@ def test_wrong_yamls_are_told(base, after, neck, message):
     Path("list.yaml").write_text(f"{{{layers}}}")
     Path("data.yaml").write_text("{train: images, names: [a]}")
     Path("broken.yaml").write_text("backbone: [")
+    Path("short.yaml").write_text("{backbone: [[-1, 1, Conv, [8]], [-1, Conv]], head: [[-1, 1, Conv, [8]]]}")
+    Path("foreign.yaml").write_text("{backbone: [[-1, 1, Foreign, [8]]], head: [[-1, 1, Conv, [8]]]}")
     Path("yolo11x-cut.yaml").write_text(f"{{scales: {{n: [1, 1, 1]}}, {layers}}}")
     with pytest.raises(ValueError, match=message):
         adapter.write_yaml(base, Path("out.yaml"), after, neck)
