@@ -40,7 +40,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "scenes": write_scenes,
 }
 
-EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in COMMANDS)
+EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in sorted([*COMMANDS, "yolo"]))
+
+YOLO_HELP = """usage: shunted-lit yolo yaml --base BASE --out FILE      write a model YAML with the neck in it
+       shunted-lit yolo weights --model FILE --out FILE  write a checkpoint of it, with the weights of its base
+       shunted-lit yolo train|val|predict|export ...     as Ultralytics' own `yolo ...`, which then knows the neck
+
+The first two tell more by --help. All need Ultralytics (AGPL-3.0): pip install 'shunted-lit[ultralytics]'"""
 
 
 def new_version(root: Path) -> int:
@@ -130,6 +136,31 @@ class ShuntedCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
+def yolo(words: list[str]) -> Any:
+    """`shunted-lit yolo`: what prepares a YOLO with the neck, and Ultralytics' own command, which then knows it.
+
+    Raises:
+        ValueError: Ultralytics is missing or too old, or does not understand the words.
+    """
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(YOLO_HELP)
+        return None
+    try:
+        from shunted_lit import ultralytics as adapter
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    from ultralytics import cfg
+
+    commands: dict[str, Callable[..., Any]] = {"yaml": adapter.write_yaml, "weights": adapter.write_weights}
+    if words[0] in commands:
+        return auto_cli(commands[words[0]], args=words[1:], prog=f"shunted-lit yolo {words[0]}", as_positional=False)
+    cfg.ARGV = ["yolo", *words]  # what its entry point reads
+    try:
+        return cfg.entrypoint()
+    except SyntaxError as error:  # which is what it raises for words that it does not know
+        raise ValueError(str(error)) from None
+
+
 def main(args: list[str] | None = None) -> Any:
     """Runs a command line, sys.argv's by default; returns what the command does, a `ShuntedCLI` for Lightning's.
 
@@ -138,6 +169,8 @@ def main(args: list[str] | None = None) -> Any:
     """
     quieten()
     words = sys.argv[1:] if args is None else args
+    if words and words[0] == "yolo":
+        return yolo(words[1:])
     if words and words[0] in COMMANDS:
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
     if words and words[0] == "predict":

@@ -21,7 +21,7 @@ from shunted_lit.data.digits import check_new
 from shunted_lit.data.shapes import ShapesDataset
 from shunted_lit.deploy import Normalized, batched
 from shunted_lit.shunted import VARIANTS, ShuntedTransformer
-from shunted_lit.tasks import ClassificationTask, DetectionTask
+from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.weights import from_source_names, neck_keywords, read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -137,9 +137,24 @@ def detector_parts(source: str, content: Mapping[str, Any]) -> Exportable:
     )
 
 
+def segmenter_parts(source: str, content: Mapping[str, Any]) -> Exportable:
+    task = SegmentationTask.load_from_checkpoint(source, map_location="cpu", weights_only=True)
+    classes = len(task.class_names)
+    return Exportable(
+        task.segmenter,
+        3,
+        ("logits",),
+        ((128, 128), (97, 131), (160, 64)),
+        f"images (B, 3, H, W) in 0..1 -> logits (B, {classes}, H, W)",
+        {"names": task.class_names},
+        pictures=True,
+    )
+
+
 TASKS: Mapping[str, Callable[[str, Mapping[str, Any]], Exportable]] = {
     ClassificationTask.__name__: classifier_parts,
     DetectionTask.__name__: detector_parts,
+    SegmentationTask.__name__: segmenter_parts,
 }
 
 
@@ -394,7 +409,8 @@ def check_inputs(parts: Exportable, fixed: Mapping[str, int | None]) -> list[Ten
     for sizes in zip((2, 1, 3), *zip(*parts.sizes, strict=True), strict=True):
         batch, height, width = (fixed[name] or size for name, size in zip(fixed, sizes, strict=True))
         if parts.pictures and parts.channels == 3:
-            scenes: Any = ShapesDataset("val", batch, 0, max(height, width, 16), 6, 12, lambda image, target: image)
+            side = max(height, width, 16)
+            scenes: Any = ShapesDataset("val", batch, 0, side, 6, 12, "boxes", lambda image, target: image)
             images = [scenes[i].as_subclass(Tensor)[:, :height, :width] / 255 for i in range(batch)]
             inputs.append(torch.stack(images))
         else:

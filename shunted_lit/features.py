@@ -55,6 +55,13 @@ def groups_of_a_size(images: Sequence[Tensor]) -> list[list[int]]:
     return list(groups.values())
 
 
+def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raises ValueError where the neck has no such keyword."""
+    known = set(inspect.signature(ShuntedTransformer).parameters)
+    if unknown := sorted(set(keywords) - known):
+        raise ValueError(f"the neck has no keyword {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+
+
 class FeaturePath(nn.Module):
     """Backbone, then a neck of its own on each of `neck_levels`.
 
@@ -150,9 +157,7 @@ class FeaturePath(nn.Module):
 
     @staticmethod
     def _neck(level: int, channels: int, keywords: dict[str, Any]) -> ShuntedTransformer:
-        known = set(inspect.signature(ShuntedTransformer).parameters)
-        if unknown := sorted(set(keywords) - known):
-            raise ValueError(f"the neck has no keyword {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        check_neck_keywords(keywords)
         if keywords.setdefault("cin", channels) != channels:
             raise ValueError(
                 f"the neck's cin is {keywords['cin']}, but level {level} has {channels} channels; leave cin out"

@@ -24,7 +24,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath
+from timm.layers import ClassifierHead, DropPath, LayerScale2d
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -345,18 +345,21 @@ class Stage(nn.Module):
         super().__init__()
         self.cin = cin
         self.grad_checkpointing = False
+        self.layer_scale: nn.Module | None = None  # the neck may have one
         self.patch_embed = patch_embed
         self.block = nn.ModuleList(Block(dim, norm_layer, drop_path=rate, **block) for rate in drop_path)
         self.norm = norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        image = x
         x = self.patch_embed(check_channels(x, self.cin).contiguous(memory_format=torch.channels_last))
         for block in self.block:
             if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = checkpoint(block.feed, checkpoint(block.attend, x))  # half a block's maps at a time
             else:
                 x = block(x)
-        return to_image(self.norm(x))
+        out = to_image(self.norm(x))
+        return out if self.layer_scale is None else self.layer_scale(out) + image
 
 
 def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
@@ -405,6 +408,9 @@ class ShuntedTransformer(SourceWeights, Stage):
         sr_ratios: the source's shorthand for the ratios: 8 is (8, 4), 4 is (4, 2), 2 is (2, 1), 1 plain attention.
             A tuple is taken as `ratios`.
         ratios: r_i of each head group, any number of them; instead of `sr_ratios`.
+        layer_scale: not in the source. A number returns x + gamma * neck(x), gamma one factor a channel that starts
+            at this number (CaiT's LayerScale). With 0 a trained detector keeps its outputs until training moves them:
+            the first step trains gamma alone, from the second the whole neck has a gradient. None is the source.
 
     Shape:
         (B, cin, H, W) -> (B, cin, H, W), any floating dtype, H and W from 1 up. Where a ratio does not divide H or W,
@@ -418,7 +424,8 @@ class ShuntedTransformer(SourceWeights, Stage):
                  qkv_bias: bool = True, qk_scale: float | None = None, drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
                  norm_layer: Callable[..., nn.Module] = nn.LayerNorm, sr_ratios: int | Sequence[int] = 2, *,
-                 ratios: Sequence[int] | None = None, device=None, dtype=None):  # fmt: skip
+                 ratios: Sequence[int] | None = None, layer_scale: float | None = None,
+                 device=None, dtype=None):  # fmt: skip
         dd = factory_keywords(device, dtype)
         ratios = granularities(sr_ratios if ratios is None else ratios)
         block: dict[str, Any] = dict(
@@ -427,6 +434,8 @@ class ShuntedTransformer(SourceWeights, Stage):
         block.update(drop=drop_rate, attn_drop=attn_drop_rate)
         rates, embed = drop_path_rates(drop_path_rate, depth), PatchEmbed(cin, cin, stride=1, **dd)
         super().__init__(cin, embed, cin, partial(norm_layer, **dd), rates, **block, **dd)
+        if layer_scale is not None:
+            self.layer_scale = LayerScale2d(cin, layer_scale, **dd)
         self.apply(init_weights)
 
     @classmethod

@@ -74,7 +74,10 @@ def load_source_names(module: nn.Module, state_dict: dict[str, Any], prefix: str
 
 
 def neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keywords of `ShuntedTransformer` that can be read off a neck's weights: all but `num_heads` and `qk_scale`."""
+    """Keywords of `ShuntedTransformer` that can be read off a neck's weights: all but `num_heads` and `qk_scale`.
+
+    Where there is a `layer_scale`, its starting value can't: any number makes the place that the weights fill.
+    """
     cin = len(weights["patch_embed.proj.weight"])
     groups = sorted(name for name in weights if re.fullmatch(r"block\.0\.attn\.groups\.\d+\.sr\.weight", name))
     return {
@@ -83,6 +86,7 @@ def neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
         "mlp_ratios": len(weights["block.0.mlp.fc1.weight"]) / cin,
         "qkv_bias": "block.0.attn.q.bias" in weights,
         "ratios": tuple(weights[name].shape[-1] for name in groups) or (1,),
+        **({"layer_scale": 0.0} if "layer_scale.gamma" in weights else {}),
     }
 
 

@@ -19,7 +19,7 @@ from shunted_lit.cli import main
 from shunted_lit.deploy import batched
 from shunted_lit.detectors import DETECTORS, build_detector
 from shunted_lit.features import FeaturePath
-from shunted_lit.tasks import ClassificationTask, DetectionTask
+from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 SMALL = {
     "backbone": "resnet18", "neck": {"depth": 1, "mlp_ratios": 1}, "levels": [3, 4, 5], "pyramid_channels": 32,
@@ -151,6 +151,21 @@ def test_export_of_the_authors_weights(tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     expected = timm.create_model("shunted_s", checkpoint_path="ckpt_S.pth")
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("decoder", "format"), [("fpn", "onnx"), ("upernet", "openvino"), ("segformer", "torch_export")]
+)
+def test_segmenters(decoder, format):
+    task = SegmentationTask(4, decoder=decoder, backbone="resnet18", neck={"depth": 1, "mlp_ratios": 1}).eval()
+    run, suffix = RUNTIMES[format]
+    main(["export", checkpoint(task, "best.ckpt"), "--format", format])
+    exported = run(f"best{suffix}")
+    for batch, height, width in ((1, 101, 140), (2, 128, 161)):
+        x = torch.rand(batch, 3, height, width)
+        with torch.no_grad():
+            expected = task.segmenter(x).numpy()
+        np.testing.assert_allclose(exported(x)[0], expected, rtol=1e-3, atol=1e-4)
 
 
 # --- detectors

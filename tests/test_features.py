@@ -37,6 +37,12 @@ def test_neck_acts_on_its_level_alone():
     torch.testing.assert_close(features["5"], path.necks["5"](c5))
 
 
+def test_a_neck_that_starts_harmless():
+    path = FeaturePath("resnet18", levels=(4, 5), neck={**SMALL, "layer_scale": 0.0}).eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(path(x)["5"], path.backbone(x)[1])
+
+
 def test_unused_stages_are_not_built():
     path = FeaturePath("resnet18", levels=(3,))
     assert not any(name.startswith("layer4") for name, _ in path.backbone.named_parameters())

@@ -418,13 +418,56 @@ def test_gradient_checkpointing_of_the_neck(checkpointing, neck):
         torch.testing.assert_close(one.grad, other.grad)
 
 
+# --- the layer scale, which the source has not
+
+
+def test_layer_scale_adds_the_input():
+    plain = ShuntedTransformer(cin=8, depth=1)
+    neck = ShuntedTransformer(cin=8, depth=1, layer_scale=0.5)
+    gamma = torch.randn(8)
+    neck.load_state_dict({**plain.state_dict(), "layer_scale.gamma": gamma})
+    x = torch.randn(2, 8, 5, 7)
+    out = neck(x)
+    torch.testing.assert_close(out, x + gamma.view(1, 8, 1, 1) * plain(x))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert "layer_scale.gamma" not in plain.state_dict()
+    with pytest.raises(ValueError, match=r"1 unexpected \(layer_scale\.gamma\).*layer_scale=0\.0"):
+        plain.load_state_dict(neck.state_dict())
+    with pytest.raises(ValueError, match=r"1 missing \(layer_scale\.gamma\)"):
+        neck.load_state_dict(plain.state_dict())
+
+
+def test_a_layer_scale_of_zero_changes_nothing_and_then_learns():
+    neck = ShuntedTransformer(cin=8, depth=1, layer_scale=0.0)
+    optimizer = torch.optim.SGD(neck.parameters(), lr=0.1)
+    x = torch.randn(2, 8, 5, 7)
+    for step in range(2):
+        out = neck(x)
+        if step == 0:
+            assert torch.equal(out, x)
+        optimizer.zero_grad()
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        still = {name for name, p in neck.named_parameters() if not p.grad.any()}
+        assert "layer_scale.gamma" not in still
+        assert bool(still) is (step == 0), f"step {step}: no gradient in {still}"
+        optimizer.step()
+
+
+def test_from_checkpoint_reads_the_layer_scale(tmp_path):
+    neck = ShuntedTransformer(cin=8, depth=1, layer_scale=0.5)
+    torch.save({"state_dict": {f"x.necks.5.{k}": v for k, v in neck.state_dict().items()}}, tmp_path / "run.ckpt")
+    twin = ShuntedTransformer.from_checkpoint(tmp_path / "run.ckpt")
+    x = torch.randn(1, 8, 5, 7)
+    torch.testing.assert_close(twin(x), neck(x), rtol=0, atol=0)
+
+
 # --- a module like any other
 
 
-@pytest.fixture
-def neck():
+@pytest.fixture(params=[None, 0.5], ids=["as the source", "layer scale"])
+def neck(request):
     torch.manual_seed(0)
-    return ShuntedTransformer(cin=8, depth=1, num_heads=4, ratios=(4, 1)).eval()
+    return ShuntedTransformer(cin=8, depth=1, num_heads=4, ratios=(4, 1), layer_scale=request.param).eval()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save", "script", "trace"])
