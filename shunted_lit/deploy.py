@@ -4,6 +4,7 @@ torchvision's detectors take lists and loop over images, which no exporter can f
 same weights and the same steps run on whole batches. Images come at the size the network works at; they are not scaled.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -31,6 +32,34 @@ class Normalized(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.network((images - self.mean) / self.std)
+
+
+class MeanOfBins(nn.Module):
+    """nn.AdaptiveAvgPool2d as two products, (B, C, H, W) -> (B, C, n, n): exporters fix its bins to one size."""
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bins(x, x.shape[-2]) @ x @ self.bins(x, x.shape[-1]).T
+
+    def bins(self, x: Tensor, size: int) -> Tensor:
+        """(count, size): the share of each row, or column, in the mean of each bin."""
+        place, number = (torch.arange(n, device=x.device) for n in (size, self.count))
+        first, last = number * size // self.count, ((number + 1) * size + self.count - 1) // self.count
+        inside = ((place >= first[:, None]) & (place < last[:, None])).to(x.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+
+def with_free_bins(network: nn.Module) -> nn.Module:
+    """A copy whose square adaptive pooling can be exported with free sizes."""
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
+                setattr(module, name, MeanOfBins(child.output_size))
+    return network
 
 
 def fcos_scores(head: Mapping[str, Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch.export import Dim, ExportedProgram
 
 from shunted_lit.data.digits import check_new
 from shunted_lit.data.shapes import ShapesDataset
-from shunted_lit.deploy import Normalized, batched
+from shunted_lit.deploy import Normalized, batched, with_free_bins
 from shunted_lit.shunted import VARIANTS, ShuntedTransformer
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.weights import from_source_names, neck_keywords, read_checkpoint
@@ -141,13 +141,14 @@ def segmenter_parts(source: str, content: Mapping[str, Any]) -> Exportable:
     task = SegmentationTask.load_from_checkpoint(source, map_location="cpu", weights_only=True)
     classes = len(task.class_names)
     return Exportable(
-        task.segmenter,
+        with_free_bins(task.eval().segmenter),
         3,
         ("logits",),
-        ((128, 128), (97, 131), (160, 64)),
+        ((128, 128), (97, 131), (160, 96)),
         f"images (B, 3, H, W) in 0..1 -> logits (B, {classes}, H, W)",
         {"names": task.class_names},
         pictures=True,
+        reference=lambda images: (task.segmenter(images),),
     )
 
 
@@ -378,8 +379,8 @@ def write_checked(parts: Exportable, kind: Format, out: Path, fixed: Mapping[str
     """Writes `out` once the same in a folder beside it was found to be equal to PyTorch; returns the difference."""
     inputs, shapes = check_inputs(parts, fixed), {0: "batch", 2: "height", 3: "width"}
     free = {i: Dim.DYNAMIC for i, name in shapes.items() if fixed[name] is None}
-    # Of a size at which no map has a single row or column: exporters would take that for a fixed number.
-    sizes = (fixed["batch"] or 2, fixed["height"] or 3 * parts.stride, fixed["width"] or 4 * parts.stride)
+    # A size at which no map has a single row or column, and which is padded: exporters take both for what always is.
+    sizes = (fixed["batch"] or 2, fixed["height"] or 3 * parts.stride + 1, fixed["width"] or 4 * parts.stride + 1)
     example = torch.rand(sizes[0], parts.channels, *sizes[1:])
     compare = parts.error or largest_difference
     out.parent.mkdir(parents=True, exist_ok=True)

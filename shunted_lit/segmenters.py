@@ -113,7 +113,8 @@ class Segmenter(nn.Module):
         auxiliary = self.auxiliary(maps["4"]) if self.auxiliary is not None else None
         decoded = self.head(self.decoder([x, x[:, :0, ::2, ::2], *maps.values()]))
         decoded = F.interpolate(decoded, scale_factor=4.0, mode="bilinear", align_corners=False)
-        return decoded[..., :H, :W], auxiliary
+        # Not [..., :H, :W]: its layout, which exporters look at, depends on whether there is anything to cut.
+        return F.pad(decoded, [0, W - decoded.shape[-1], 0, H - decoded.shape[-2]]), auxiliary
 
 
 def segment(

@@ -195,7 +195,7 @@ FOUND = [("fcos", "openvino"), ("fcos", "torch_export"), ("retinanet", "onnx")]
 
 @pytest.mark.parametrize(("name", "format"), FOUND)
 def test_trained_detectors_find_the_same(name, format):
-    options = {"box_score_thresh": 0.01} if "rcnn" in name else {"score_thresh": 0.05}
+    options = {"box_score_thresh": 0.01} if "rcnn" in name else {"score_thresh": 0.005}
     # torch_export's programs take no image whose coarsest map, as the neck merges it, is a single row.
     task = DetectionTask(3, detector=name, extra_levels=0, detector_options=options, **{**SMALL, "min_size": 96})
     spread_scores(task.detector).eval()
@@ -220,7 +220,7 @@ def test_detections_in_another_order_are_the_same_and_others_are_not():
     assert export.detection_error((boxes, labels, scores), moved) == pytest.approx(0.9 / 9.9)
     assert export.detection_error((boxes, labels, scores), (boxes, 1 - labels, scores)) == torch.inf
     fewer = (boxes, labels, torch.tensor([[0.5, 0, 0]]))
-    assert export.detection_error((boxes, labels, scores), fewer) == torch.inf
+    assert export.detection_error((boxes, labels, scores), fewer) > 0.5, "the nearest one left is far off"
 
 
 # --- what can't be done is told before it is begun

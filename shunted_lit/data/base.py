@@ -285,5 +285,6 @@ def read_image(path: Path | str) -> Image.Image:
             return upright.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    # ImportError: Ultralytics, once imported, has PIL ask for another package where it can't read a file.
+    except (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
