@@ -349,8 +349,7 @@ def benchmark(
             "there is nothing to time: name necks, backbones or --against, and modes and backends for them"
         )
     for name in dict.fromkeys(c.model for candidates in groups.values() for c in candidates):
-        with torch.device("meta"):  # faults of names are told before long work starts
-            Candidate(name, options=neck).build()
+        Candidate(name, options=neck).build()  # faults of names are told before long work starts
     check_plain(neck)
 
     machine = describe(place)
