@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from shunted_lit.data.digits import check_new
+from shunted_lit.data.image_folder import in_validation
 from shunted_lit.data.shapes import ShapesDataset
 from shunted_lit.deploy import Normalized, batched, with_free_bins
 from shunted_lit.shunted import VARIANTS, ShuntedTransformer
@@ -61,8 +62,8 @@ def named(source: str, options: Mapping[str, Any]) -> Exportable:
 def neck_parts(neck: ShuntedTransformer) -> Exportable:
     def save(out: Path) -> None:
         weights = {name: value.contiguous() for name, value in neck.state_dict().items()}
-        groups: Any = cast(Any, neck.block[0]).attn.groups
-        heads = {"num_heads": sum(group.num_heads for group in groups), "qk_scale": groups[0].scale}
+        attention: Any = cast(Any, neck.block[0]).attn
+        heads = {"num_heads": attention.num_heads, "qk_scale": attention.groups[0].scale}
         out.mkdir(parents=True, exist_ok=True)
         save_file(weights, out / "model.safetensors", {"neck": json.dumps({**neck_keywords(weights), **heads})})
 
@@ -79,9 +80,6 @@ def backbone_parts(
     config: Any = model.pretrained_cfg
     trained, data = data is not None, data or {}
     size = {"input_size": (3, data["image_size"], data["image_size"])} if "image_size" in data else {}
-    kept = {key: data[key] for key in ("crop_pct", "interpolation") if key in data}
-    if kept.get("interpolation") == "random":
-        kept["interpolation"] = "bicubic"  # as in validation
 
     def save(out: Path) -> None:
         save_for_hf(
@@ -90,7 +88,7 @@ def backbone_parts(
             model_config={"label_names": names} if names else None,
             model_args=options or None,
             safe_serialization=True,
-            data_config={**size, **kept} or None,
+            data_config={**size, **in_validation(data)} or None,
         )
 
     channels: Any = model.in_chans

@@ -25,18 +25,24 @@ def check_model_name(name: str) -> None:
         raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
 
 
+def state_and_heads(path: str, model: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Weights of a file under the names of a timm model, and the names of the model's classifiers."""
+    content = read_checkpoint(path)
+    state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
+    heads = model.pretrained_cfg.get("classifier") or ()
+    return state, (heads,) if isinstance(heads, str) else tuple(heads)
+
+
 def read_backbone_weights(path: str, backbone: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights of a file under the names of timm's `backbone`, without a classifier's head.
 
     Raises:
         ValueError: a file that can't be read, or whose weights do not fit.
     """
-    content = read_checkpoint(path)
     with torch.device("meta"):
         model: Any = timm.create_model(backbone, **options)
-    state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ((classifier,) if isinstance(classifier, str) else classifier))
+    state, classifiers = state_and_heads(path, model)
+    heads = tuple(f"{head}." for head in classifiers)
     mine, state = (
         {name: value for name, value in some.items() if not name.startswith(heads)}
         for some in (model.state_dict(), state)

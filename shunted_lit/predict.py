@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from shunted_lit.data import ImagesDataModule
 from shunted_lit.data.base import read_image
+from shunted_lit.data.image_folder import in_validation
 from shunted_lit.data.segments import run_lengths
 from shunted_lit.pictures import picture_of_boxes, picture_of_class, picture_of_map, png_palette
 from shunted_lit.tasks import BaseTask
@@ -272,10 +273,7 @@ def of_checkpoint(path: str) -> dict[str, Any]:
     if content["task"] == "ClassificationTask":
         trained = content.get("datamodule_hyper_parameters", {})
         size = trained.get("image_size", trained.get("size"))
-        data = {key: trained[key] for key in ("crop_pct", "interpolation") if key in trained}
-        if data.get("interpolation") == "random":
-            data["interpolation"] = "bicubic"  # as in validation
-        data["image_size"] = size
+        data = {**in_validation(trained), "image_size": size}
     return {
         "model": {"class_path": f"shunted_lit.tasks.{content['task']}", "init_args": arguments},
         "data": {"class_path": "shunted_lit.data.ImagesDataModule", "init_args": data},

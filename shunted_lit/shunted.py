@@ -228,6 +228,7 @@ class ShuntedSelfAttention(nn.Module):
                 f"{num_heads} heads do not split into {len(ratios)} equal groups, one a ratio of {ratios}; "
                 f"choose heads that {len(ratios)} divides, or another number of ratios"
             )
+        self.num_heads = num_heads
         head_dim, heads = dim // num_heads, num_heads // len(ratios)
         scale = qk_scale or head_dim**-0.5
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)

@@ -369,4 +369,4 @@ def place_neck(model: Any, path: str, layer: int | None, level: int | None) -> N
 
 def heads(neck: shunted.ShuntedTransformer) -> int:
     attention: Any = neck.block[0].attn
-    return sum(group.num_heads for group in attention.groups)
+    return attention.num_heads

@@ -288,3 +288,11 @@ def read_image(path: Path | str) -> Image.Image:
     # ImportError: Ultralytics, once imported, has PIL ask for another package where it can't read a file.
     except (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
+
+
+def read_lines(file: Path) -> list[str]:
+    """Lines of a text file. Raises ValueError naming it where it can't be read."""
+    try:
+        return file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not a readable text file ({error})") from error

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,12 @@ class ClassFolders(ImageFolder):
             return True
         self.unread.append(path)
         return False
+
+
+def in_validation(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a run scales and cuts images where it does not train: `crop_pct` and `interpolation`, if it has them."""
+    kept = {key: settings[key] for key in ("crop_pct", "interpolation") if key in settings}
+    return {key: "bicubic" if value == "random" else value for key, value in kept.items()}
 
 
 class ImageFolderDataModule(BaseDataModule):
@@ -125,7 +131,7 @@ class ImageFolderDataModule(BaseDataModule):
             auto_augment=auto_augment,
             interpolation=interpolation,
         )
-        still = "bicubic" if interpolation == "random" else interpolation
+        still = in_validation({"interpolation": interpolation})["interpolation"]
         self.eval_transform = create_transform(**size, interpolation=still, crop_pct=crop_pct)
 
     def build_dataset(self, split: str, transform: Callable[[Image.Image], Any]) -> Dataset[Any]:

@@ -14,7 +14,15 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, as_floats, collate, other_colours, read_image
+from shunted_lit.data.base import (
+    IMAGE_SUFFIXES,
+    BaseDataModule,
+    as_floats,
+    collate,
+    other_colours,
+    read_image,
+    read_lines,
+)
 
 log = logging.getLogger(__name__)
 
@@ -161,7 +169,7 @@ class ADE20KDataModule(LabelMapDataModule):
         if not file.is_file():
             log.warning("%s: no such file; classes are named by their numbers, from 0", file)
             return [str(number) for number in range(cls.CLASSES)]
-        rows = [line.split(None, 5) for line in read_text_lines(file)]
+        rows = [line.split(None, 5) for line in read_lines(file)]
         names = {int(row[0]): row[5].split(",")[0].strip() for row in rows if len(row) == 6 and row[0].isdecimal()}
         if sorted(names) != list(range(1, cls.CLASSES + 1)):
             raise ValueError(f"{file}: has {len(names)} lines of a class, but needs 1 to {cls.CLASSES}, each once")
@@ -258,18 +266,11 @@ def pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
     return [(path, found[masks][name]) for name, path in found[images].items()]
 
 
-def read_text_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; it should hold a line a class, or give names") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a readable text file ({error})") from error
-
-
 def read_names(file: Path) -> list[str]:
     """Names of the classes, a line each. Raises ValueError naming the file, where a name is repeated."""
-    names = [line.strip() for line in read_text_lines(file) if line.strip()]
+    if not file.exists():
+        raise ValueError(f"{file}: no such file; it should hold a line a class, or give names")
+    names = [line.strip() for line in read_lines(file) if line.strip()]
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise ValueError(f"{file}: names {repeated[0]!r} twice")
     return names

@@ -17,6 +17,7 @@ from shunted_lit.data.base import (
     FolderDataset,
     Record,
     Sample,
+    read_lines,
 )
 from shunted_lit.data.segments import Segment
 
@@ -124,13 +125,6 @@ def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     if not images:
         raise ValueError(f"{file}: {split} holds no images; they end in {', '.join(sorted(IMAGE_SUFFIXES))}")
     return images
-
-
-def read_lines(file: Path) -> list[str]:
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a readable text file ({error})") from error
 
 
 def label_path(image: Path) -> Path:

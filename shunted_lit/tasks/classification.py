@@ -16,11 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2.functional import to_dtype
 
-from shunted_lit.features import check_model_name
+from shunted_lit.features import check_model_name, state_and_heads
 from shunted_lit.pictures import draw_classes
-from shunted_lit.shunted import ShuntedBackbone
 from shunted_lit.tasks.base import BaseTask
-from shunted_lit.weights import flatten, from_source_names, load_all_but_a_head_of_other_classes, read_checkpoint
+from shunted_lit.weights import load_all_but_a_head_of_other_classes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -202,8 +201,5 @@ def build_classifier(
     if pretrained:
         raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
     model: Any = timm.create_model(name, num_classes=num_classes, **options)
-    content = read_checkpoint(weights)
-    state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
-    heads = model.pretrained_cfg.get("classifier") or ()
-    load_all_but_a_head_of_other_classes(model, state, (heads,) if isinstance(heads, str) else heads)
+    load_all_but_a_head_of_other_classes(model, *state_and_heads(weights, model))
     return model
