@@ -440,6 +440,15 @@ def test_masks_fit_numpy_order():
     assert np.asarray(target["masks"]).shape == (len(target["labels"]), *image.shape[1:])
 
 
+def test_drawn_scenes_for_boxes_have_no_masks():
+    masks, boxes = (ShapesDataModule(train_size=2, val_size=2, annotation=kind) for kind in ("masks", "boxes"))
+    for data in (masks, boxes):
+        data.setup("validate")
+    image, target = boxes.datasets["val"][0]
+    assert "masks" not in target, "pictures would show them in the truth alone"
+    assert same((image, target), masks.datasets["val"][0])
+
+
 # --- masks
 
 

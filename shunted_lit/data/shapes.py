@@ -161,6 +161,8 @@ class ShapesDataset(Dataset[Any]):
         image, target = to_sample(*scene, image_id=index)
         if self.annotation == "class":
             return self.transform(image, int(target["labels"][0]))
+        if self.annotation == "boxes":
+            del target["masks"]
         return self.transform(image, target)
 
 
