@@ -1,5 +1,6 @@
 """Models out of Python: trained or by name, in formats that other programs read, checked before they are there."""
 
+import functools
 import importlib.util
 import json
 import logging
@@ -274,12 +275,20 @@ def write_openvino(program: ExportedProgram, path: Path, parts: Exportable) -> N
     openvino.save_model(model, path, compress_to_fp16=False)
 
 
-def run_openvino(path: Path, precision: str = "float32") -> Callable[[Tensor], Outputs]:
+@functools.cache
+def openvino_core() -> Any:
+    """One for the process: OpenVINO (2026.4) moves the stack that signals are handled on with each new core, and back
+    with each that goes. Two that go in the order they came leave it on freed memory: the next signal, such as the end
+    of a DataLoader's worker, is a segmentation fault."""
     import openvino
 
+    return openvino.Core()
+
+
+def run_openvino(path: Path, precision: str = "float32") -> Callable[[Tensor], Outputs]:
     # By itself it computes in bfloat16 where the processor has units for that.
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    model = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     return lambda x: [torch.from_numpy(out.copy()) for out in model(x.numpy()).values()]
 
 

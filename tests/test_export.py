@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import openvino
 import pytest
 import timm
 import torch
@@ -40,7 +39,7 @@ def onnx(path):
 
 
 def openvino_(path):
-    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = export.openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: [out.copy() for out in model(x.numpy()).values()]
 
 
@@ -259,6 +258,24 @@ def test_the_package_imports_without_any_runtime():
     code = "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxscript', 'onnxruntime', 'openvino'])); "
     code += "import shunted_lit.cli"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_signals_are_handled_after_openvino():
+    """A model that goes before the one that came after it, then a signal: a segmentation fault with a core for each."""
+    code = """
+import os, signal
+from pathlib import Path
+from shunted_lit.export import run_openvino
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first = run_openvino(Path("neck.xml"))
+second = run_openvino(Path("neck.xml"))
+del first
+del second
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    main(["export", "neck", "--format=openvino", "--options={cin: 16, depth: 1, num_heads: 2}"])
+    done = subprocess.run([sys.executable, "-X", "faulthandler", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
 def test_nothing_is_written_over():

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import openvino
 import pytest
 import skimage.data
 import torch
@@ -26,6 +25,7 @@ import shunted_lit as package
 import shunted_lit.ultralytics as adapter
 from shunted_lit.cli import main
 from shunted_lit.data.scenes import write_scenes
+from shunted_lit.export import openvino_core
 from shunted_lit.tasks import DetectionTask
 
 ROOT = Path(__file__).parent.parent
@@ -429,7 +429,7 @@ def run_onnx(path):
 def run_openvino(path):
     (file,) = Path(path).glob("*.xml")
     # On CPUs that have it, OpenVINO calculates in bfloat16 unless told otherwise.
-    model = openvino.Core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = openvino_core().compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda x: torch.from_numpy(model(x.numpy())[0])
 
 
