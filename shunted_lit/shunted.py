@@ -6,8 +6,9 @@ https://arxiv.org/abs/2111.15193. Section numbers below are the paper's.
 Read from top to bottom: token aggregation and attention of one head group -> shunted self-attention ->
 detail-specific feed-forward -> block -> patch embedding -> stage -> the neck -> the backbone and its variants.
 
-Tokens stay (B, H, W, C), contiguous, from the patch embedding to the last norm. That is the memory layout of a
-channels_last (B, C, H, W) image, so convolutions run on a view and nothing is copied to change layout.
+Tokens are (B, H * W, C), contiguous, from the patch embedding to the last norm; their `size` (H, W) goes with them.
+That is the memory layout of a channels_last (B, C, H, W) image, so convolutions run on a view, and nothing is copied to
+change layout, neither here nor in a runtime that this is exported to.
 
 Where this departs from the authors' code (same weights, same results wherever theirs runs without losing tokens):
 maps that a ratio does not divide are padded with zeros at the right and bottom, where theirs drops the last rows and
@@ -58,14 +59,17 @@ def granularities(sr_ratio: int | Sequence[int]) -> tuple[int, ...]:
     return ratios
 
 
-def to_image(x: Tensor) -> Tensor:
-    """Tokens (B, H, W, C) seen as an image (B, C, H, W): a view."""
-    return x.permute(0, 3, 1, 2)
+Size = tuple[int, int]  # H and W of tokens
+
+
+def to_image(x: Tensor, size: Size) -> Tensor:
+    """Tokens (B, H * W, C) seen as an image (B, C, H, W): a view."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """An image (B, C, H, W) seen as tokens (B, H, W, C): a view."""
-    return x.permute(0, 2, 3, 1)
+    """An image (B, C, H, W) seen as tokens (B, H * W, C): a view where it is channels_last."""
+    return x.flatten(2).transpose(1, 2)
 
 
 def pad_to_multiple(x: Tensor, r: int) -> Tensor:
@@ -88,8 +92,8 @@ torch.fx.wrap("check_channels")  # a call in a traced graph, not a branch that t
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
-    """(B, H, W, heads * d) -> (B, heads, H * W, d): a view."""
-    return x.flatten(1, 2).unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
+    """(B, N, heads * d) -> (B, heads, N, d): a view."""
+    return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float) -> Tensor:
@@ -127,16 +131,16 @@ def recomputes(x: Tensor) -> bool:
 
 
 class ResidualDepthwise(nn.Conv2d):
-    """x + depthwise 3x3 convolution of x, (B, H, W, C) -> the same: one convolution, x in the kernels' centres."""
+    """x + depthwise 3x3 convolution of x, (B, N, C) -> the same: one convolution, x in the kernels' centres."""
 
     def __init__(self, channels: int, **dd):
         super().__init__(channels, channels, 3, padding=1, groups=channels, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, size: Size) -> Tensor:  # type: ignore[override]
         if torch.jit.is_tracing():  # torch's older ONNX exporter wants kernels that are not computed
-            return x + to_tokens(self._conv_forward(to_image(x), self.weight, self.bias))
+            return x + to_tokens(self._conv_forward(to_image(x, size), self.weight, self.bias))
         centre = F.pad(self.weight.new_ones([1, 1, 1, 1]), [1, 1, 1, 1])
-        return to_tokens(self._conv_forward(to_image(x), self.weight + centre, self.bias))
+        return to_tokens(self._conv_forward(to_image(x, size), self.weight + centre, self.bias))
 
 
 class PlainHeads(nn.Module):
@@ -153,20 +157,20 @@ class PlainHeads(nn.Module):
         self.kv = nn.Linear(dim, 2 * width, bias=qkv_bias, **dd)
         self.local_conv = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
 
-    def enhance(self, v: Tensor) -> Tensor:
-        """LE of Eq. 2: depthwise 3x3 convolution of the values, (B, h, w, C) -> the same."""
-        return to_tokens(self.local_conv(to_image(v)))
+    def enhance(self, v: Tensor, size: Size) -> Tensor:
+        """LE of Eq. 2: depthwise 3x3 convolution of the values, (B, h * w, C) -> the same."""
+        return to_tokens(self.local_conv(to_image(v, size)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Eq. 3: queries (B, H, W, C) on keys and values (B, h, w, C) -> (B, H, W, C)."""
-        q_, k_, v_ = (split_heads(x, self.num_heads) for x in (q, k, v))
-        out = attention(q_, k_, v_, self.scale, self.attn_drop if self.training else 0.0)
-        return out.transpose(1, 2).reshape(q.shape)
+        """Eq. 3: queries (B, N, heads * d) on keys and values (B, n, heads * d) -> (B, N, heads * d)."""
+        q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+        out = attention(q, k, v, self.scale, self.attn_drop if self.training else 0.0)
+        return out.transpose(1, 2).flatten(2)
 
-    def forward(self, q: Tensor, x: Tensor) -> Tensor:
-        """Queries (B, H, W, heads * d) and tokens (B, H, W, C) -> (B, H, W, heads * d)."""
+    def forward(self, q: Tensor, x: Tensor, size: Size) -> Tensor:
+        """Queries (B, N, heads * d) and tokens (B, N, C) -> (B, N, heads * d)."""
         k, v = self.kv(x).chunk(2, dim=-1)
-        return self.attend(q, k, v) + self.enhance(v)
+        return self.attend(q, k, v) + self.enhance(v, size)
 
 
 class ShuntedHeads(PlainHeads):
@@ -179,24 +183,26 @@ class ShuntedHeads(PlainHeads):
         self.sr = nn.Conv2d(dim, dim, ratio, ratio, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
-    def aggregate(self, x: Tensor) -> Tensor:
-        """The convolution of MTA(.; r): (B, H, W, C) -> (B, ceil(H / r), ceil(W / r), C)."""
-        return to_tokens(self.sr(pad_to_multiple(to_image(x), self.ratio)))
+    def aggregate(self, x: Tensor, size: Size) -> Tensor:
+        """The convolution of MTA(.; r): tokens (B, H * W, C) -> an image (B, C, ceil(H / r), ceil(W / r))."""
+        return self.sr(pad_to_multiple(to_image(x, size), self.ratio))
 
     def keys_and_values(self, merged: Tensor) -> Tensor:
-        """The rest of it, and the projection: (B, h, w, C) -> (B, h, w, 2 * heads * d)."""
+        """The rest of it, and the projection: (B, n, C) -> (B, n, 2 * heads * d)."""
         return self.kv(F.gelu(self.norm(merged)))
 
-    def forward(self, q: Tensor, x: Tensor) -> Tensor:
-        """Queries (B, H, W, heads * d) and tokens (B, H, W, C) -> (B, H, W, heads * d)."""
+    def forward(self, q: Tensor, x: Tensor, size: Size) -> Tensor:
+        """Queries (B, N, heads * d) and tokens (B, N, C) -> (B, N, heads * d)."""
+        image = self.aggregate(x, size)
+        merged, size = to_tokens(image), (image.shape[2], image.shape[3])
         if torch.jit.is_scripting():
-            kv = self.keys_and_values(self.aggregate(x))
+            kv = self.keys_and_values(merged)
         elif recomputes(x):
-            kv = checkpoint(self.keys_and_values, self.aggregate(x), use_reentrant=False, preserve_rng_state=False)
+            kv = checkpoint(self.keys_and_values, merged, use_reentrant=False, preserve_rng_state=False)
         else:
-            kv = self.keys_and_values(self.aggregate(x))
+            kv = self.keys_and_values(merged)
         k, v = kv.chunk(2, dim=-1)
-        return self.attend(q, k, v + self.enhance(v))
+        return self.attend(q, k, v + self.enhance(v, size))
 
 
 class ShuntedSelfAttention(nn.Module):
@@ -240,10 +246,10 @@ class ShuntedSelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Tokens (B, H * W, C) of `size` (H, W) -> the same shape."""
         q = self.q(x).chunk(len(self.groups), dim=-1)
-        out = torch.cat([group(q[i], x) for i, group in enumerate(self.groups)], dim=-1)
+        out = torch.cat([group(q[i], x, size) for i, group in enumerate(self.groups)], dim=-1)
         return self.proj_drop(self.proj(out))
 
 
@@ -257,19 +263,19 @@ class DetailSpecificFeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
         self.drop = nn.Dropout(drop)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Tokens (B, H * W, C) of `size` (H, W) -> the same shape."""
         if torch.jit.is_scripting():
-            x = self.refine(self.fc1(x))
+            x = self.refine(self.fc1(x), size)
         elif recomputes(x):
-            x = checkpoint(self.refine, self.fc1(x), use_reentrant=False, preserve_rng_state=self.drop.p > 0)
+            x = checkpoint(self.refine, self.fc1(x), size, use_reentrant=False, preserve_rng_state=self.drop.p > 0)
         else:
-            x = self.refine(self.fc1(x))
+            x = self.refine(self.fc1(x), size)
         return self.drop(x)
 
-    def refine(self, x: Tensor) -> Tensor:
-        """From the first layer's output to the second's: (B, H, W, hidden) -> (B, H, W, C)."""
-        x = self.dwconv(x)  # a name for all, so that no map is held longer than it is needed: these are the widest
+    def refine(self, x: Tensor, size: Size) -> Tensor:
+        """From the first layer's output to the second's: (B, H * W, hidden) -> (B, H * W, C)."""
+        x = self.dwconv(x, size)  # one name, so that no map is held longer than it is needed: these are the widest
         x = F.gelu(x)
         return self.fc2(self.drop(x))
 
@@ -287,15 +293,15 @@ class Block(nn.Module):
         self.mlp = DetailSpecificFeedForward(dim, int(dim * mlp_ratio), drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) -> (B, H, W, C)."""
-        return self.feed(self.attend(x))
+    def forward(self, x: Tensor, size: Size) -> Tensor:
+        """Tokens (B, H * W, C) of `size` (H, W) -> the same shape."""
+        return self.feed(self.attend(x, size), size)
 
-    def attend(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.attn(self.norm1(x)))
+    def attend(self, x: Tensor, size: Size) -> Tensor:
+        return x + self.drop_path(self.attn(self.norm1(x), size))
 
-    def feed(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def feed(self, x: Tensor, size: Size) -> Tensor:
+        return x + self.drop_path(self.mlp(self.norm2(x), size))
 
 
 class PatchEmbed(nn.Module):
@@ -306,9 +312,10 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(cin, dim, 3, stride, padding=1, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, cin, H, W) -> (B, ceil(H / stride), ceil(W / stride), dim)."""
-        return self.norm(to_tokens(self.proj(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """(B, cin, H, W) -> tokens (B, h * w, dim) and their size, ceil(H / stride) and ceil(W / stride)."""
+        x = self.proj(x)
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class StemProjection(nn.Conv2d):
@@ -335,9 +342,10 @@ class Stem(nn.Module):
         self.conv = nn.Sequential(*layers, StemProjection(dim, dim, 2, 2, **dd))
         self.norm = nn.LayerNorm(dim, **dd)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> (B, ceil(H / 4), ceil(W / 4), dim)."""
-        return self.norm(to_tokens(self.conv(x)))
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
+        """(B, in_chans, H, W) -> tokens (B, h * w, dim) and their size, ceil(H / 4) and ceil(W / 4)."""
+        x = self.conv(x)
+        return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 
 class Stage(nn.Module):
@@ -355,13 +363,13 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image = x
-        x = self.patch_embed(check_channels(x, self.cin).contiguous(memory_format=torch.channels_last))
+        x, size = self.patch_embed(check_channels(x, self.cin).contiguous(memory_format=torch.channels_last))
         for block in self.block:
             if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block.feed, checkpoint(block.attend, x))  # half a block's maps at a time
+                x = checkpoint(block.feed, checkpoint(block.attend, x, size), size)  # half a block's maps at a time
             else:
-                x = block(x)
-        out = to_image(self.norm(x))
+                x = block(x, size)
+        out = to_image(self.norm(x), size)
         return out if self.layer_scale is None else self.layer_scale(out) + image
 
 
@@ -653,7 +661,7 @@ class ShuntedBackbone(SourceWeights):
         """(B, dims[-1], h, w) -> (B, num_classes), or (B, dims[-1]) where `pre_logits`; unpooled where not pooled."""
         if pre_logits or self.head.global_pool.pool_type:
             return self.head(x, pre_logits=pre_logits)
-        return to_image(self.head.fc(to_tokens(self.head.drop(x))))
+        return to_image(self.head.fc(to_tokens(self.head.drop(x))), (x.shape[2], x.shape[3]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

@@ -138,9 +138,9 @@ def test_shorthand_is_its_tuple(sr_ratio):
 def test_no_token_is_lost(ratio):
     heads = ShuntedSelfAttention(4, 2, (ratio, 1)).groups[0]
     for size in range(1, 2 * ratio + 2):
-        x = torch.randn(1, size, size + 1, 4, requires_grad=True)
-        merged = heads.aggregate(x)
-        assert merged.shape == (1, -(-size // ratio), -(-(size + 1) // ratio), 4)
+        x = torch.randn(1, size * (size + 1), 4, requires_grad=True)
+        merged = heads.aggregate(x, (size, size + 1))
+        assert merged.shape == (1, 4, -(-size // ratio), -(-(size + 1) // ratio))
         merged.square().sum().backward()
         assert (x.grad.abs().sum(-1) > 0).all()
 
@@ -185,13 +185,13 @@ def test_stochastic_depth_rises_to_its_rate_and_drops_blocks():
     model = ShuntedTransformer(cin=8, depth=3, drop_path_rate=1.0)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for block in model.block]
     assert rates == pytest.approx([0.0, 0.5, 1.0])
-    x = torch.randn(4, 6, 6, 8)
+    x, size = torch.randn(4, 36, 8), (6, 6)
     last = model.block[2]
-    assert torch.equal(last.train()(x), x), "a rate of 1 leaves the residual path alone"
-    assert not torch.equal(last.eval()(x), x)
+    assert torch.equal(last.train()(x, size), x), "a rate of 1 leaves the residual path alone"
+    assert not torch.equal(last.eval()(x, size), x)
     torch.manual_seed(0)
     middle = model.block[1].train()
-    kept = [bool((middle(x[:1]) != x[:1]).any()) for _ in range(200)]
+    kept = [bool((middle(x[:1], size) != x[:1]).any()) for _ in range(200)]
     assert 0.6 < sum(kept) / len(kept) < 0.9  # 1 - 0.5 ** 2: either branch
 
 
@@ -214,7 +214,7 @@ def test_dropout_acts_in_training_only(keyword):
 
 def test_dropping_all_attention_leaves_the_bias_of_the_projection():
     attention = ShuntedSelfAttention(8, 2, (2, 1), attn_drop=1.0).train()
-    out = attention(torch.randn(2, 4, 4, 8))
+    out = attention(torch.randn(2, 16, 8), (4, 4))
     torch.testing.assert_close(out, attention.proj.bias.expand_as(out))
 
 
@@ -241,10 +241,10 @@ def test_output_is_channels_last_and_layout_is_never_copied():
     model = ShuntedTransformer(cin=16, depth=2, sr_ratios=2).eval()
     x = torch.randn(2, 16, 8, 8).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        tokens = model.patch_embed(x)
+        tokens, size = model.patch_embed(x)
         assert tokens.is_contiguous()
         for block in model.block:
-            tokens = block(tokens)
+            tokens = block(tokens, size)
             assert tokens.is_contiguous()
         with RecordOperations() as operations:
             out = model(x)
@@ -347,7 +347,8 @@ def test_the_residual_in_the_kernel_is_the_sum():
     layer = ResidualDepthwise(6, dtype=torch.float64)
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
     detail = plain.depthwise(x, layer.weight, layer.bias)
-    torch.testing.assert_close(layer(x), x + detail)
+    found = layer(x.flatten(1, 2), (5, 7)).unflatten(1, (5, 7))
+    torch.testing.assert_close(found, x + detail)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

@@ -266,7 +266,7 @@ def test_fx_feature_extractor(tiny_t):
     x = torch.randn(1, 3, 70, 90)
     found = extractor(x)
     torch.testing.assert_close(found["c3"], tiny_t.forward_intermediates(x)[1][1])
-    assert found["tokens"].shape == (1, 5, 6, 256)
+    assert found["tokens"].shape == (1, 5 * 6, 256)
     assert extractor(torch.randn(2, 3, 33, 1))["c3"].shape == (2, 128, 5, 1)
 
 
