@@ -287,6 +287,20 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
     return len(fitting), len(given)
 
 
+def take_head(model: Any, base: Any) -> None:
+    """Puts the base's own head into a model with necks, with what goes with it, such as embeddings of class names.
+
+    One built for the classes is not the same: trained before on others, a head keeps the width that it had for those.
+    """
+    mine, head = model.model[-1], base.model[-1]
+    if type(mine) is type(head):  # else `transfer_weights` tells that the base is another model
+        head.i, head.f = mine.i, mine.f
+        model.model[-1] = head
+        for name, value in vars(base).items():
+            if isinstance(value, Tensor):
+                setattr(model, name, value)
+
+
 def write_weights(
     model: Path,
     out: Path,
@@ -326,6 +340,7 @@ def write_weights(
         channels = start.yaml.get("channels", 3)
         yolo.model = type(start)({**content, "nc": len(start.names)}, ch=channels, verbose=False)
         yolo.model.names, yolo.model.task = start.names, start.task
+        take_head(yolo.model, start)
         try:
             taken, total = transfer_weights(yolo.model, start)
         except ValueError as error:

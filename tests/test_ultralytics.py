@@ -205,9 +205,13 @@ def test_a_fixed_number_of_channels_is_told():
 # --- weights that carry over
 
 
-def test_all_of_the_base_is_taken_with_classes_and_names(base, capsys):
+@pytest.mark.parametrize("fine_tuned", [False, True])
+def test_all_of_the_base_is_taken_with_classes_and_names(base, capsys, fine_tuned):
     start = YOLO(base)
-    start.model = type(start.model)({**start.model.yaml, "nc": 3}, verbose=False)
+    before = start.model
+    start.model = type(before)({**before.yaml, "nc": 3}, verbose=False)
+    if fine_tuned:  # Ultralytics then keeps the width that the head had for 80 classes
+        start.model.load(before, verbose=False)
     start.model.names = {0: "a", 1: "b", 2: "c"}
     stir(start.model)
     start.save("mine.pt")
@@ -222,6 +226,20 @@ def test_all_of_the_base_is_taken_with_classes_and_names(base, capsys):
     torch.testing.assert_close(predict(new.model, x), predict(old.model, x), rtol=1e-5, atol=1e-4)
     others = adapter.transfer_weights(YOLO("mine.yaml").model, old.model)
     assert 0.8 * count < others[0] < others[1] == count, "a head for other classes gives what fits"
+
+
+def test_class_embeddings_of_the_base_are_taken():
+    start = YOLO("yoloe-26n.yaml")
+    start.model.set_classes(["hat", "cat"], torch.randn(1, 2, 512))
+    start.model.names = {0: "hat", 1: "cat"}
+    stir(start.model)
+    start.save("mine.pt")
+    adapter.write_yaml("yoloe-26n", Path("yoloe-26n-neck.yaml"), neck=SMALL)
+    adapter.write_weights(Path("yoloe-26n-neck.yaml"), Path("yoloe-26n-neck.pt"), base="mine.pt")
+    x = torch.rand(1, 3, 64, 96)
+    expected = predict(YOLO("mine.pt").model, x)
+    assert expected.shape[1] == 4 + 2
+    torch.testing.assert_close(predict(YOLO("yoloe-26n-neck.pt").model, x), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_a_neck_that_fit_trained_is_put_in_place():
