@@ -10,6 +10,7 @@ from PIL import Image
 
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
+from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 ROOT = Path(__file__).parent.parent
@@ -237,3 +238,21 @@ def test_predict_tells_what_it_needs(trained, pictures):
     torch.save({"state_dict": {"a": torch.zeros(1)}}, "foreign.ckpt")
     with pytest.raises(ValueError, match="holds no run of shunted-lit fit"):
         main(["predict", images, "--ckpt_path=foreign.ckpt"])
+
+
+def test_a_segmenter_trains_at_one_scale_and_is_judged_at_another(tmp_path):
+    """`short_side` is a setting of the data and of the task."""
+    write_scenes(tmp_path / "set", train=4, val=2, size=64)
+    words = ["--data=MaskFolderDataModule", f"--data.root={tmp_path / 'set'}", "--data.crop_size=64"]
+    words += [
+        "--data.short_side=64",
+        "--model.short_side=48",
+        "--data.batch_size=2",
+        "--trainer.max_steps=1",
+        "--data.num_workers=0",
+    ]
+    config = ROOT / "configs/shapes/semantic_fpn.yaml"
+    cli = main(
+        ["fit", f"--config={config}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", *words]
+    )
+    assert (cli.datamodule.hparams.short_side, cli.model.hparams.short_side) == (64, 48)

@@ -270,6 +270,10 @@ class FolderDataset(Dataset[Sample]):
         return self.transform(image, target)
 
 
+# What PIL raises for damaged files. ImportError: Ultralytics, once imported, has it ask for another package there.
+UNREADABLE = (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
 def read_image(path: Path | str) -> Image.Image:
     """An image in RGB, upright. Raises ValueError naming the file where it is missing or can't be read."""
     try:
@@ -285,8 +289,7 @@ def read_image(path: Path | str) -> Image.Image:
             return upright.convert("RGB")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such image") from None
-    # ImportError: Ultralytics, once imported, has PIL ask for another package where it can't read a file.
-    except (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable image ({error})") from error
 
 

@@ -101,7 +101,7 @@ class ImageFolderDataModule(BaseDataModule):
         num_workers: int = 2,
     ):
         super().__init__(batch_size, num_workers)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
         if image_size < 1 or not 0 < crop_pct <= 1 or repeats < 1:
             raise ValueError(
                 f"image_size is {image_size}, crop_pct {crop_pct} and repeats {repeats}; "

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from shunted_lit.data.base import (
     IMAGE_SUFFIXES,
+    UNREADABLE,
     BaseDataModule,
     as_floats,
     collate,
@@ -117,7 +118,7 @@ class MaskFolderDataModule(LabelMapDataModule):
         distort: float = 0.5,
     ):
         super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
         base = Path(root)
         self.folders = {
             "train": (base / train_images, base / train_masks),
@@ -159,7 +160,7 @@ class ADE20KDataModule(LabelMapDataModule):
         distort: float = 0.5,
     ):
         super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
-        self.save_hyperparameters()
+        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
         self.root = Path(root)
         self.class_names = self.read_object_info(self.root / "objectInfo150.txt")
 
@@ -233,7 +234,7 @@ def read_mask(path: Path) -> np.ndarray:
             if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
                 raise ValueError(f"mode {image.mode}: one channel is needed, or a palette, with a class for each pixel")
             return np.asarray(image).astype(np.int64)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path}: not a readable mask ({error})") from error
 
 
