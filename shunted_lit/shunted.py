@@ -64,7 +64,7 @@ Size = tuple[int, int]  # H and W of tokens
 
 def to_image(x: Tensor, size: Size) -> Tensor:
     """Tokens (B, H * W, C) seen as an image (B, C, H, W): a view."""
-    return x.unflatten(1, size).permute(0, 3, 1, 2)
+    return x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
 
 
 def to_tokens(x: Tensor) -> Tensor:
