@@ -194,7 +194,7 @@ class ShuntedHeads(PlainHeads):
     def forward(self, q: Tensor, x: Tensor, size: Size) -> Tensor:
         """Queries (B, N, heads * d) and tokens (B, N, C) -> (B, N, heads * d)."""
         image = self.aggregate(x, size)
-        merged, size = to_tokens(image), (image.shape[2], image.shape[3])
+        merged = to_tokens(image)
         if torch.jit.is_scripting():
             kv = self.keys_and_values(merged)
         elif recomputes(x):
@@ -202,7 +202,7 @@ class ShuntedHeads(PlainHeads):
         else:
             kv = self.keys_and_values(merged)
         k, v = kv.chunk(2, dim=-1)
-        return self.attend(q, k, v + self.enhance(v, size))
+        return self.attend(q, k, v + self.enhance(v, (image.shape[2], image.shape[3])))
 
 
 class ShuntedSelfAttention(nn.Module):

@@ -244,15 +244,7 @@ def test_a_segmenter_trains_at_one_scale_and_is_judged_at_another(tmp_path):
     """`short_side` is a setting of the data and of the task."""
     write_scenes(tmp_path / "set", train=4, val=2, size=64)
     words = ["--data=MaskFolderDataModule", f"--data.root={tmp_path / 'set'}", "--data.crop_size=64"]
-    words += [
-        "--data.short_side=64",
-        "--model.short_side=48",
-        "--data.batch_size=2",
-        "--trainer.max_steps=1",
-        "--data.num_workers=0",
-    ]
-    config = ROOT / "configs/shapes/semantic_fpn.yaml"
-    cli = main(
-        ["fit", f"--config={config}", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}", *words]
-    )
+    words += ["--data.short_side=64", "--model.short_side=48", "--data.batch_size=2", "--data.num_workers=0"]
+    words += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", f"--trainer.default_root_dir={tmp_path}"]
+    cli = main(["fit", f"--config={ROOT / 'configs/shapes/semantic_fpn.yaml'}", *words])
     assert (cli.datamodule.hparams.short_side, cli.model.hparams.short_side) == (64, 48)

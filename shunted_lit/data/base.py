@@ -35,6 +35,9 @@ def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]
 class BaseDataModule(LightningDataModule):
     """What all data share. A subclass sets `class_names`, the transforms, and builds the data set of a split.
 
+    It calls `save_hyperparameters(logger=False)`: loggers refuse a name that the task has with another value, such as
+    `short_side`, and config.yaml has all of them.
+
     `annotation` tells what an image comes with, and a task what it learns from, in the same words: "class", "boxes",
     "masks" (boxes, and a mask for each), or "map" (a class for each pixel). `offers` are those a subclass can give.
 

@@ -50,7 +50,7 @@ class CocoDataModule(DetectionDataModule):
         annotation: str | None = None,
     ):
         super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         self.bad_boxes = bad_boxes
         base = Path(root)
         self.images = {"train": base / train_images, "val": base / val_images}

@@ -101,7 +101,7 @@ class ImageFolderDataModule(BaseDataModule):
         num_workers: int = 2,
     ):
         super().__init__(batch_size, num_workers)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         if image_size < 1 or not 0 < crop_pct <= 1 or repeats < 1:
             raise ValueError(
                 f"image_size is {image_size}, crop_pct {crop_pct} and repeats {repeats}; "
@@ -131,8 +131,8 @@ class ImageFolderDataModule(BaseDataModule):
             auto_augment=auto_augment,
             interpolation=interpolation,
         )
-        still = in_validation({"interpolation": interpolation})["interpolation"]
-        self.eval_transform = create_transform(**size, interpolation=still, crop_pct=crop_pct)
+        still = in_validation({"crop_pct": crop_pct, "interpolation": interpolation})
+        self.eval_transform = create_transform(**size, **still)
 
     def build_dataset(self, split: str, transform: Callable[[Image.Image], Any]) -> Dataset[Any]:
         folder = self.folders[split]

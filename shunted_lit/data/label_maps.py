@@ -118,7 +118,7 @@ class MaskFolderDataModule(LabelMapDataModule):
         distort: float = 0.5,
     ):
         super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         base = Path(root)
         self.folders = {
             "train": (base / train_images, base / train_masks),
@@ -160,7 +160,7 @@ class ADE20KDataModule(LabelMapDataModule):
         distort: float = 0.5,
     ):
         super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         self.root = Path(root)
         self.class_names = self.read_object_info(self.root / "objectInfo150.txt")
 

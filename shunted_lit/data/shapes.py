@@ -203,7 +203,7 @@ class ShapesDataModule(DetectionDataModule):
         annotation: str | None = None,
     ):
         super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         for name, value in {"train_size": train_size, "val_size": val_size, "max_objects": max_objects}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")

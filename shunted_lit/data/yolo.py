@@ -56,7 +56,7 @@ class YoloDataModule(DetectionDataModule):
         annotation: str | None = None,
     ):
         super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
-        self.save_hyperparameters(logger=False)  # config.yaml has them; tasks may have the same names
+        self.save_hyperparameters(logger=False)
         self.file, self.bad_boxes = Path(data), bad_boxes
         self.content = read_data_yaml(self.file)
         self.class_names = self.content["names"]
