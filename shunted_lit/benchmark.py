@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from shunted_lit.data.digits import check_new
 from shunted_lit.export import FORMATS, Exportable, check_runtime
 from shunted_lit.features import check_model_name
-from shunted_lit.shunted import ShuntedTransformer, pad_to_multiple
+from shunted_lit.shunted import ShuntedHeads, ShuntedTransformer, pad_to_multiple
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +72,19 @@ class PlainNeck(nn.Module):
     def attention(attn: Any, x: Tensor, H: int, W: int) -> Tensor:
         outputs = []
         for q, heads in zip(attn.q(x).chunk(len(attn.groups), -1), attn.groups, strict=True):
-            merged = heads.sr(pad_to_multiple(image(x, H, W), heads.ratio))
-            h, w = merged.shape[2:]
-            k, v = heads.kv(F.gelu(heads.norm(tokens(merged)))).chunk(2, -1)
-            v = v + tokens(heads.local_conv(image(v, h, w)))
+            shunted = isinstance(heads, ShuntedHeads)
+            merged, h, w = x, H, W
+            if shunted:
+                merged = heads.sr(pad_to_multiple(image(x, H, W), heads.ratio))
+                h, w = merged.shape[2:]
+                merged = F.gelu(heads.norm(tokens(merged)))
+            k, v = heads.kv(merged).chunk(2, -1)
+            local = tokens(heads.local_conv(image(v, h, w)))
+            v = v + local if shunted else v
             q, k, v = (part.unflatten(-1, (heads.num_heads, -1)).transpose(1, 2) for part in (q, k, v))
             weights = torch.softmax(q @ k.transpose(-2, -1) * heads.scale, -1)
-            outputs.append((weights @ v).transpose(1, 2).flatten(2))
+            out = (weights @ v).transpose(1, 2).flatten(2)
+            outputs.append(out if shunted else out + local)  # as the authors have it
         return attn.proj(torch.cat(outputs, -1))
 
     @staticmethod

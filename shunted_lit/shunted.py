@@ -130,6 +130,18 @@ def recomputes(x: Tensor) -> bool:
     return torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.numel() >= WIDE
 
 
+def fuses(x: Tensor) -> bool:
+    """Whether oneDNN runs a convolution and its GELU in one pass, by the operator that torch.compile has for it.
+
+    It knows no derivatives, hence inference mode alone, and compilers fuse by themselves.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_inference_mode_enabled():
+        return False
+    plain = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
+    has_both = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN's kernels for these dtypes
+    return plain and has_both and bool(torch.backends.mkldnn.enabled)
+
+
 class ResidualDepthwise(nn.Conv2d):
     """x + depthwise 3x3 convolution of x, (B, N, C) -> the same: one convolution, x in the kernels' centres."""
 
@@ -139,8 +151,17 @@ class ResidualDepthwise(nn.Conv2d):
     def forward(self, x: Tensor, size: Size) -> Tensor:  # type: ignore[override]
         if torch.jit.is_tracing():  # torch's older ONNX exporter wants kernels that are not computed
             return x + to_tokens(self._conv_forward(to_image(x, size), self.weight, self.bias))
-        centre = F.pad(self.weight.new_ones([1, 1, 1, 1]), [1, 1, 1, 1])
-        return to_tokens(self._conv_forward(to_image(x, size), self.weight + centre, self.bias))
+        return to_tokens(self._conv_forward(to_image(x, size), self.kernel(), self.bias))
+
+    def kernel(self) -> Tensor:
+        return self.weight + F.pad(self.weight.new_ones([1, 1, 1, 1]), [1, 1, 1, 1])
+
+    @torch.jit.unused
+    def gelu(self, x: Tensor, size: Size) -> Tensor:
+        """GELU of what `forward` gives, where `fuses`."""
+        kernel, bias = self.kernel().to(x.dtype), self.bias.to(x.dtype)  # type: ignore[union-attr] # x may be autocast
+        one, run = [1, 1], torch.ops.mkldnn._convolution_pointwise
+        return to_tokens(run(to_image(x, size), kernel, bias, one, one, one, self.groups, "gelu", [], "none"))
 
 
 class PlainHeads(nn.Module):
@@ -275,8 +296,12 @@ class DetailSpecificFeedForward(nn.Module):
 
     def refine(self, x: Tensor, size: Size) -> Tensor:
         """From the first layer's output to the second's: (B, H * W, hidden) -> (B, H * W, C)."""
-        x = self.dwconv(x, size)  # one name, so that no map is held longer than it is needed: these are the widest
-        x = F.gelu(x)
+        fused = False if torch.jit.is_scripting() else fuses(x)
+        if fused:
+            x = self.dwconv.gelu(x, size)
+        else:
+            x = self.dwconv(x, size)  # one name, so that no map is held longer than it is needed: these are the widest
+            x = F.gelu(x)
         return self.fc2(self.drop(x))
 
 

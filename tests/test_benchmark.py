@@ -20,7 +20,7 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["neck_small_sr8", "neck_small_sr4", "neck_small_sr2"])
+@pytest.mark.parametrize("name", ["neck_small_sr8", "neck_small_sr4", "neck_small_sr2", "neck_small_sr1"])
 def test_plain_neck_equals_the_neck(name):
     neck = build(CASES[name])
     plain = PlainNeck(cin=neck.cin)

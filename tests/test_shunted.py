@@ -351,6 +351,43 @@ def test_the_residual_in_the_kernel_is_the_sum():
     torch.testing.assert_close(found, x + detail)
 
 
+@given(
+    batch=st.integers(0, 3), height=st.integers(1, 11), width=st.integers(1, 11),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]), mixed=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_inference_mode_gives_what_other_modes_give(batch, height, width, dtype, mixed):
+    """In it, convolution and GELU are one operator of oneDNN; with oneDNN switched off, they are torch's own two."""
+    torch.manual_seed(0)
+    layer = shunted.DetailSpecificFeedForward(16, 32, dtype=dtype).eval()
+    x = torch.randn(batch, height * width, 16, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=mixed and dtype == torch.float32):
+        with torch.inference_mode():
+            found = layer(x, (height, width))
+        with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
+            expected = layer(x, (height, width))
+    error = 1e-5 if found.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, expected, rtol=error, atol=error)
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN fuses these there alone")
+def test_convolution_and_gelu_are_one_operator_in_inference_mode_alone(neck):
+    x = torch.randn(1, 8, 5, 7)
+
+    def operators(context):
+        with context, torch.profiler.profile() as profile:
+            neck.eval()(x)
+        return {event.name for event in profile.events()}
+
+    fused = "mkldnn::_convolution_pointwise"
+    assert fused in operators(torch.inference_mode())
+    assert fused not in operators(torch.no_grad())
+    with torch.inference_mode():
+        assert fused not in str(torch.jit.trace(neck, x).inlined_graph)
+        scripted = torch.jit.script(neck)
+        torch.testing.assert_close(scripted(x), neck(x))
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_what_is_computed_again_gives_the_same_gradients(monkeypatch, dropout):
     model = ShuntedTransformer(cin=8, depth=2, num_heads=4, ratios=(2, 1), drop_rate=dropout, dtype=torch.float64)
