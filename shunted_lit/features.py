@@ -4,6 +4,7 @@ A level is named by its stride: level l has stride 2 ** l, so 3, 4, 5 are the C3
 """
 
 import difflib
+import functools
 import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import timm
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from timm.layers import Format, nhwc_to
 from torch import Tensor, nn
 
@@ -28,6 +30,11 @@ def check_model_name(name: str) -> None:
 def state_and_heads(path: str, model: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Weights of a file under the names of a timm model, and the names of the model's classifiers."""
     content = read_checkpoint(path)
+    if (task := content.get("task", "ClassificationTask")) != "ClassificationTask":
+        raise ValueError(
+            f"{path} is of {task}, but a backbone starts from a classifier's weights, or the authors' or timm's; "
+            "--ckpt_path goes on with all of it"
+        )
     state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
     heads = model.pretrained_cfg.get("classifier") or ()
     return state, (heads,) if isinstance(heads, str) else tuple(heads)
@@ -62,10 +69,26 @@ def groups_of_a_size(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises ValueError where the neck has no such keyword."""
-    known = set(inspect.signature(ShuntedTransformer).parameters)
-    if unknown := sorted(set(keywords) - known):
+    """Raises ValueError where the neck has no such keyword, or one of another type."""
+    known = inspect.signature(ShuntedTransformer).parameters
+    if unknown := sorted(set(keywords) - set(known)):
         raise ValueError(f"the neck has no keyword {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    for name, value in keywords.items():
+        try:
+            neck_parser().parse_object({name: value}, defaults=False)
+            fits = name != "norm_layer" or callable(value)  # the parser also takes names of classes
+        except ArgumentError:
+            fits = False
+        if not fits:
+            kind = inspect.formatannotation(known[name].annotation).replace("collections.abc.", "")
+            raise ValueError(f"the neck's {name} is {value!r}, but {kind} is needed")
+
+
+@functools.cache
+def neck_parser() -> ArgumentParser:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(ShuntedTransformer, fail_untyped=False)
+    return parser
 
 
 class FeaturePath(nn.Module):

@@ -405,8 +405,10 @@ def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth a block, rising from 0 to `rate`."""
-    if depth < 1 or not 0 <= rate <= 1:
-        raise ValueError(f"depth is {depth} and drop_path_rate {rate}; at least 1, and 0 to 1, are needed")
+    if depth < 1:
+        raise ValueError(f"depth is {depth}, but at least 1 block is needed")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"drop_path_rate is {rate}, but 0 to 1 is needed")
     return torch.linspace(0, rate, depth, device="cpu").tolist()
 
 

@@ -26,6 +26,7 @@ from shunted_lit import shunted, weights
 from shunted_lit.features import check_neck_keywords
 
 OLDEST = "8.3.228"  # Ultralytics that is tried; pyproject.toml says the same
+FAMILIES = ("-world", "yoloe", "rtdetr")  # which Ultralytics tells by the file's name alone
 INSTALL = "pip install -U 'shunted-lit[ultralytics]'"
 try:
     import ultralytics
@@ -34,7 +35,7 @@ except ImportError as error:
 if Version(ultralytics.__version__) < Version(OLDEST):
     raise ImportError(f"Ultralytics is {ultralytics.__version__}, but {OLDEST} is the oldest that works: {INSTALL}")
 
-from ultralytics import YOLO  # noqa: E402 - once the version is known to have all of this
+from ultralytics import RTDETR, YOLO  # noqa: E402 - once the version is known to have all of this
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.utils import dist  # noqa: E402
 
@@ -97,13 +98,14 @@ def insert_neck(
         base: name of the model with its scale, such as yolo26s or yolo11m-seg, or a model YAML of one's own.
         after: index of the layer whose map the neck takes, or several. All layers that read this map read the neck's
             instead. By default the backbone's last: the coarsest map, where attention over the whole image is cheap,
-            and where YOLO11, YOLO26 (C2PSA) and RT-DETR (AIFI) have theirs.
+            and where YOLO11 and YOLO26 (C2PSA) have theirs; in RT-DETR after AIFI, which is its own.
         neck: keywords of `shunted_lit.ShuntedTransformer` over its defaults, but for `layer_scale`, which is 0 here
             (null for the source's): the model starts with the outputs of its base.
 
     Raises:
-        ValueError: an unknown base; a layer that is not there, is the last, or gives no map (B, C, H, W); heads that
-            do not divide a map's channels, and whatever else `ShuntedTransformer` does not take.
+        ValueError: an unknown base; a layer that is not there, is the last, gives no map (B, C, H, W), or is named
+            twice or has a neck already; heads that do not divide a map's channels, and whatever else
+            `ShuntedTransformer` does not take.
     """
     content = read_yaml(base)
     del content["yaml_file"]
@@ -111,7 +113,8 @@ def insert_neck(
         content["scales"] = {scale: content["scales"][scale], **content["scales"]}  # the first is the default
     layers = [*content["backbone"], *content["head"]]
     last = len(content["backbone"]) - 1
-    places = sorted({last} if after is None else {after} if isinstance(after, int) else set(after))
+    own = [i for i, layer in enumerate(layers) if layer[2] == "AIFI"]
+    places = sorted((own[-1:] or [last]) if after is None else [after] if isinstance(after, int) else after)
     if not places:
         raise ValueError("after names no layer; give the index of one at least, or leave it out")
     for place in places:
@@ -119,10 +122,13 @@ def insert_neck(
             raise ValueError(
                 f"{base} has no layer {place} that a neck could follow: the layers 0 to {len(layers) - 2} may have one"
             )
+        if places.count(place) > 1 or ShuntedTransformer.__name__ in (layers[place][2], layers[place + 1][2]):
+            raise ValueError(f"layer {place} of {base} would get two necks in a row; give one a greater depth instead")
     keywords = {"layer_scale": 0.0, **(neck or {})}
     check_neck_keywords(keywords)
-    if "cin" in keywords:
-        raise ValueError("cin is the channels of the layer before the neck; leave it out")
+    for name in ("cin", "device", "dtype"):
+        if name in keywords:
+            raise ValueError(f"the neck's {name} is that of the layer before it; leave it out")
     for place, channels in zip(places, channels_of(base, content, places), strict=True):
         try:
             ShuntedTransformer(channels, **keywords, device="meta")
@@ -146,6 +152,11 @@ def insert_neck(
 
 def read_yaml(name: str) -> dict[str, Any]:
     """A model YAML as Ultralytics reads it: the scale, which it takes from the file's name, is one of the entries."""
+    if Path(name).suffix == ".pt":
+        raise ValueError(
+            f"{name} is a checkpoint; name the model, such as {Path(name).stem}, or its YAML: the weights come in by "
+            "`shunted-lit yolo weights` then"
+        )
     path = name if Path(name).suffix in (".yaml", ".yml") else f"{name}.yaml"
     try:
         content = tasks.yaml_model_load(path)
@@ -206,16 +217,19 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
         out: file to write, such as yolo26s-shunted.yaml; must not exist. Ultralytics takes the scale from its name;
             where the name has none, it is the base's.
         after: index of the layer that the neck comes after, or several, [4, 6, 10]; by default the backbone's last
-            (10 in YOLO11 and YOLO26).
+            (10 in YOLO11 and YOLO26), and AIFI in RT-DETR.
         neck: keywords of ShuntedTransformer, such as depth, num_heads (which must divide the channels), ratios.
             `layer_scale` is 0 unless named: the model starts with the outputs of its base; null is the source's neck.
 
     Raises:
         ValueError: an unknown base; a layer that is not there or gives no map; heads that do not divide its channels;
-            a file that exists, or whose name says another scale.
+            a file that exists, or whose name says another scale or family.
     """
     content = insert_neck(base, after, neck)
     check_new_file(out, ".yaml")
+    for family in FAMILIES:
+        if family in Path(base).stem and family not in out.stem:
+            raise ValueError(f"Ultralytics knows {base} by its name; rename {out}, so that it has {family!r} in it")
     mine, theirs = next(iter(content.get("scales") or {}), ""), tasks.guess_model_scale(out)
     if mine and theirs and theirs != mine:
         raise ValueError(
@@ -326,11 +340,13 @@ def write_weights(
     check_new_file(out, ".pt")
     if base is None and neck is None:
         raise ValueError("nothing to take weights from: name --base, --neck, or both")
+    if neck is None and (layer is not None or level is not None):
+        raise ValueError("layer and level say where a trained neck goes, and which; name it by --neck")
     content = read_yaml(str(model))
     if not any(layer[2] == ShuntedTransformer.__name__ for layer in (*content["backbone"], *content["head"])):
         raise ValueError(f"{model} has no neck; `shunted-lit yolo yaml` writes one that has")
     try:
-        yolo = YOLO(str(model))
+        yolo = RTDETR(str(model)) if "rtdetr" in model.stem else YOLO(str(model))
     except Exception as error:  # as in channels_of
         raise ValueError(f"Ultralytics can't build {model}: {type(error).__name__}, {error}") from error
     if base is not None:
@@ -338,7 +354,7 @@ def write_weights(
         if start.task != yolo.task:
             raise ValueError(f"{base} is for the task {start.task!r}, but {model} for {yolo.task!r}")
         channels = start.yaml.get("channels", 3)
-        yolo.model = type(start)({**content, "nc": len(start.names)}, ch=channels, verbose=False)
+        yolo.model = type(start)(content, ch=channels, nc=len(start.names), verbose=False)
         yolo.model.names, yolo.model.task = start.names, start.task
         take_head(yolo.model, start)
         try:

@@ -17,7 +17,7 @@ import yaml
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch import nn
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.data.augment import LetterBox
 from ultralytics.nn import tasks
 
@@ -152,11 +152,23 @@ def test_yaml_arguments_as_the_source_has_them():
         ("yolo11s", 23, {}, "has no layer 23 that"),
         ("yolo11s", [4, -1], {}, "has no layer -1 that"),
         ("yolo11s", [], {}, "names no layer"),
+        ("yolo11s", [10, 10], {}, "layer 10 of yolo11s would get two necks in a row"),
+        ("has.yaml", 1, {}, "layer 1 of has.yaml would get two necks"),
+        ("has.yaml", 2, {}, "layer 2 of has.yaml would get two necks"),
+        ("yolo11s.pt", None, {}, "is a checkpoint; name the model, such as yolo11s, or its YAML"),
+        ("rtdetr-l", None, {}, "by its name; rename out.yaml, so that it has 'rtdetr' in it"),
+        ("yolo11s", 10, {"depth": "many"}, "the neck's depth is 'many', but int is needed"),
+        ("yolo11s", 10, {"depth": 1.5}, "the neck's depth is 1.5, but int is needed"),
+        ("yolo11s", 10, {"depth": 0}, "depth is 0, but at least 1 block is needed"),
+        ("yolo11s", 10, {"layer_scale": "abc"}, r"the neck's layer_scale is 'abc', but float \| None is needed"),
+        ("yolo11s", 10, {"norm_layer": "foo"}, "the neck's norm_layer is 'foo', but Callable"),
+        ("yolo11s", 10, {"ratios": [4, "x"]}, r"the neck's ratios is \[4, 'x'\], but Sequence\[int\]"),
+        ("yolo11s", 10, {"device": "cuda"}, "the neck's device is that of the layer before it; leave it out"),
         ("list.yaml", 1, {}, "layer 1 of list.yaml, .*CBLinear, returns tuple, but the neck takes one map"),
         ("yolo11s", 10, {"num_heads": 3}, "layer 10 of yolo11s has 512 channels: 512 channels do not split into 3"),
         ("yolo11n", [4, 10], {"num_heads": 256}, "layer 4 of yolo11n has 128 channels: .*into 256 heads"),
         ("yolo11s", 10, {"dept": 3}, "the neck has no keyword dept; it has .*depth"),
-        ("yolo11s", 10, {"cin": 512}, "leave it out"),
+        ("yolo11s", 10, {"cin": 512}, "the neck's cin is that of the layer before it; leave it out"),
         ("none.yaml", None, {}, "'none.yaml' is no file"),
         ("data.yaml", None, {}, "data.yaml is no model YAML: it needs layers in backbone and head"),
         ("short.yaml", None, {}, r"short.yaml: layer 1 is \[-1, 'Conv'\], but \[from, repeats, module"),
@@ -170,6 +182,10 @@ def test_wrong_yamls_are_told(base, after, neck, message):
     layers = "backbone: [[-1, 1, Conv, [8]], [-1, 1, CBLinear, [[4, 4]]]], head: [[0, 1, Conv, [8]]]"
     Path("list.yaml").write_text(f"{{{layers}}}")
     Path("data.yaml").write_text("{train: images, names: [a]}")
+    conv = "[-1, 1, Conv, [8]]"
+    Path("has.yaml").write_text(
+        f"{{backbone: [{conv}, {conv}, [-1, 1, ShuntedTransformer, [c2]]], head: [{conv}, {conv}]}}"
+    )
     Path("broken.yaml").write_text("backbone: [")
     Path("short.yaml").write_text("{backbone: [[-1, 1, Conv, [8]], [-1, Conv]], head: [[-1, 1, Conv, [8]]]}")
     Path("foreign.yaml").write_text("{backbone: [[-1, 1, Foreign, [8]]], head: [[-1, 1, Conv, [8]]]}")
@@ -242,6 +258,35 @@ def test_class_embeddings_of_the_base_are_taken():
     torch.testing.assert_close(predict(YOLO("yoloe-26n-neck.pt").model, x), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_text_of_yolo_world_is_taken():
+    start = YOLO("yolov8s-worldv2.yaml")
+    start.model.txt_feats, start.model.model[-1].nc = torch.randn(1, 2, 512), 2  # as its set_classes has them
+    start.model.names = {0: "hat", 1: "cat"}
+    stir(start.model)
+    start.save("mine.pt")
+    adapter.write_yaml("yolov8s-worldv2", Path("yolov8s-worldv2-neck.yaml"), neck=SMALL)
+    adapter.write_weights(Path("yolov8s-worldv2-neck.yaml"), Path("neck.pt"), base="mine.pt")
+    x = torch.rand(1, 3, 64, 96)
+    expected = predict(YOLO("mine.pt").model, x)
+    assert expected.shape[1] == 4 + 2
+    found = YOLO("neck.pt")
+    assert found.names == {0: "hat", 1: "cat"}
+    torch.testing.assert_close(predict(found.model, x), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_rt_detr_has_the_neck_after_its_own_attention():
+    adapter.write_yaml("rtdetr-l", Path("rtdetr-l-neck.yaml"), neck=SMALL)
+    assert layers_of("rtdetr-l-neck.yaml")[12].type.endswith("ShuntedTransformer")
+    start = RTDETR("rtdetr-l.yaml")
+    stir(start.model)
+    start.save("mine.pt")
+    adapter.write_weights(Path("rtdetr-l-neck.yaml"), Path("neck.pt"), base="mine.pt")
+    x = torch.rand(1, 3, 64, 96)
+    torch.testing.assert_close(
+        predict(YOLO("neck.pt").model, x), predict(YOLO("mine.pt").model, x), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_a_neck_that_fit_trained_is_put_in_place():
     task = DetectionTask(num_classes=2, neck={"depth": 1, "num_heads": 4}, neck_levels=[4], pyramid_channels=32)
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
@@ -280,6 +325,7 @@ def test_a_neck_that_fit_trained_is_put_in_place():
         ({"base": "{base}", "out": Path("other.pt")}, "other.pt is there already"),
         ({"neck": "other.pt"}, "other.pt: holds .* is not loaded"),
         ({"neck": "none.ckpt"}, "none.ckpt: no such file"),
+        ({"base": "{base}", "layer": 11}, "layer and level say where a trained neck goes"),
         ({"neck": "none.ckpt", "layer": 10}, r"are the layers \[11\], and layer is 10"),
     ],
 )
