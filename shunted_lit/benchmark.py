@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -426,8 +427,9 @@ def describe(device: str) -> dict[str, Any]:
 
 def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     shape = " x ".join(map(str, rows[0]["shape"]))
-    table = Table(title=f"{title}, {shape}", caption="ms: median, and spread from the least to the most of it")
-    table.add_column("", overflow="fold")
+    caption = "ms: median, and spread from the least to the most of it"
+    table = Table(title=f"{title}, {shape}", caption=caption, box=SIMPLE_HEAD, padding=0)
+    table.add_column("", overflow="fold", min_width=16)
     for name in ("by", "ms", "spread", "images/s", "ratio", "share", "memory"):
         table.add_column(name, justify="left" if name == "by" else "right", no_wrap=True)
     for row in rows:

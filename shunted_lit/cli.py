@@ -60,11 +60,15 @@ def new_version(root: Path) -> int:
     return number
 
 
+def class_of(model: Namespace) -> type[BaseTask]:
+    """The task that a config names."""
+    module, _, name = model.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
 def annotation_for(model: Namespace) -> str:
     """What data have to come with for a task, as configured: its class and arguments."""
-    module, _, name = model.class_path.rpartition(".")
-    task: type[BaseTask] = getattr(importlib.import_module(module), name)
-    return task.annotation_for(model.init_args)
+    return class_of(model).annotation_for(model.init_args)
 
 
 class ShuntedCLI(LightningCLI):
@@ -76,6 +80,8 @@ class ShuntedCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.set_defaults({"return_predictions": False})  # they are written, and may be many
+        elif subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # RunReport prints the scores
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -96,8 +102,20 @@ class ShuntedCLI(LightningCLI):
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """predict, validate and test need no config: a checkpoint tells its task, and its data or how they were read.
+
+        Once parsed, `from_checkpoint` says whether settings that differ from its own were asked for.
+        """
+        words = list(args)
+        self.from_checkpoint: list[str] = []
+        if words and words[0] in ("predict", "validate", "test"):
+            self.from_checkpoint = settings_of_checkpoint(words)
+        super().parse_arguments(parser, [*words[:1], *self.from_checkpoint, *words[1:]])
+
     def _parse_ckpt_path(self) -> None:
-        """Lightning lets the hyperparameters in a checkpoint win over config and command line; here it says so."""
+        """Lightning lets the hyperparameters in a checkpoint win over config and command line; here it says so, and
+        those which evaluation may change are as asked for."""
         config = self.config[self.config.subcommand]
         if config.ckpt_path is None and self.config.subcommand != "fit":
             raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
@@ -115,8 +133,15 @@ class ShuntedCLI(LightningCLI):
         if found != task:
             raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {task.rpartition('.')[2]}")
         of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
-        for name, value in self.config[self.config.subcommand].model.init_args.items():
-            if name in asked and asked[name] != value and name not in of_data:
+        adjustable = class_of(config.model).adjustable if config.ckpt_path and self.config.subcommand != "fit" else ()
+        arguments = self.config[self.config.subcommand].model.init_args
+        for name, value in list(arguments.items()):
+            if name not in asked or asked[name] == value or name in of_data:
+                continue
+            if name in adjustable and self.from_checkpoint:
+                arguments[name] = asked[name]
+                log.info("model.%s is %s; in training it was %s", name, asked[name], value)
+            else:
                 log.warning("model.%s is %s, as in the checkpoint, not %s", name, value, asked[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -125,6 +150,11 @@ class ShuntedCLI(LightningCLI):
             self.save_config_callback = None
             return super().instantiate_trainer(logger=False, **kwargs)
         self.model.check_data(self.datamodule)
+        asked = self.config[self.subcommand].model.init_args.get("num_classes")
+        if self.subcommand == "fit" and asked not in (None, self.datamodule.num_classes):
+            raise ValueError(
+                f"model.num_classes is {asked}, but the data have {self.datamodule.num_classes} classes; leave it out"
+            )
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
         trainer = config.trainer
         if trainer.logger is not False and not trainer.fast_dev_run:
@@ -173,8 +203,6 @@ def main(args: list[str] | None = None) -> Any:
         return yolo(words[1:])
     if words and words[0] in COMMANDS:
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
-    if words and words[0] == "predict":
-        args = ["predict", *settings_of_checkpoint(words), *words[1:]]
     return ShuntedCLI(
         BaseTask,
         LightningDataModule,
@@ -184,20 +212,23 @@ def main(args: list[str] | None = None) -> Any:
         save_config_kwargs={"overwrite": True},  # the folder is new, and "last" of a resumed run is not this one's
         parser_kwargs={"epilog": EPILOG},
         auto_configure_optimizers=False,
-        args=args,
+        args=words,
     )
 
 
 def settings_of_checkpoint(words: list[str]) -> list[str]:
-    """Words that set task and data of `predict` as its checkpoint has them, so that no config is needed."""
+    """Words that set task and data of an evaluation as its checkpoint has them; none where a config does."""
+    given = {word.partition("=")[0] for word in words}
+    if given & {"-h", "--help", "-c", "--config"}:
+        return []
+    if words[0] == "predict" and not any(name.startswith("--data") for name in given):
+        raise ValueError("predict needs images: name one, or a folder of them, by --data.images")
     for i, word in enumerate(words):
         name, _, value = word.partition("=")
         if name == "--ckpt_path" and (value or i + 1 < len(words)):
-            settings = of_checkpoint(value or words[i + 1])
+            settings = of_checkpoint(value or words[i + 1], predicts=words[0] == "predict")
             return [part for key, setting in settings.items() for part in (f"--{key}", json.dumps(setting))]
-    if not {"-h", "--help", "-c", "--config"} & {word.partition("=")[0] for word in words}:
-        raise ValueError("predict needs trained weights: name a checkpoint by --ckpt_path")
-    return []
+    raise ValueError(f"{words[0]} needs trained weights: name a checkpoint by --ckpt_path")
 
 
 def quieten() -> None:

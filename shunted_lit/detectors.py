@@ -5,13 +5,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from shunted_lit.features import FeaturePath, groups_of_a_size
@@ -159,13 +160,27 @@ def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tens
 
     torchvision pads the images of a batch to the largest, and padding leaks through global attention (a 128 x 128 image
     beside one of 128 x 256 moves the maps of a backbone by up to 14 %). By itself an image is padded to a multiple of
-    32, which depends on nothing else.
+    32, which depends on nothing else. One so narrow that torchvision would scale its short side to nothing is widened
+    by black.
     """
     results: dict[int, dict[str, Tensor]] = {}
+    longest: Any = detector.transform.max_size  # type: ignore[union-attr]
     for indices in groups_of_a_size(images):
-        found = detector([images[i] for i in indices])
+        H, W = images[indices[0]].shape[-2:]
+        least = -(-max(H, W) // longest)
+        found = detector([F.pad(images[i], [0, max(least - W, 0), 0, max(least - H, 0)]) for i in indices])
+        if min(H, W) < least:
+            found = [within(result, H, W) for result in found]
         results.update(zip(indices, found, strict=True))
     return [results[i] for i in range(len(images))]
+
+
+def within(result: dict[str, Tensor], H: int, W: int) -> dict[str, Tensor]:
+    """What of a prediction lies within H x W, from the image's top left."""
+    boxes = clip_boxes_to_image(result["boxes"], (H, W))
+    kept = remove_small_boxes(boxes, 1e-3)
+    result = {key: value[kept] for key, value in {**result, "boxes": boxes}.items()}
+    return {**result, "masks": result["masks"][..., :H, :W]} if "masks" in result else result
 
 
 def build_detector(

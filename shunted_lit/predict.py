@@ -70,6 +70,9 @@ class Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path)
 
+    def write_names(self) -> None:
+        (self.out / "classes.txt").write_text("".join(f"{name}\n" for name in self.class_names), encoding="utf-8")
+
     def told(self, labels: Sequence[int]) -> str:
         """How many there are of each class, the frequent ones first."""
         counts = Counter(labels).most_common()
@@ -78,11 +81,12 @@ class Writer:
 
 
 class BoxWriter(Writer):
-    """Pictures, `labels/NAME.txt` (YOLO: class cx cy w h score, in fractions of the image) and `predictions.json`, in
-    COCO's format with a `score` to each annotation, and run lengths where there are masks."""
+    """Pictures, `labels/NAME.txt` (YOLO: class cx cy w h score, in fractions of the image), `classes.txt`, their names,
+    and `predictions.json`, in COCO's format with a `score` to each annotation, and run lengths where there are masks.
+    Its categories are 1, 2, ... in the order of the classes: those of the data are not in a checkpoint."""
 
     folders = {"pictures": ".png", "labels": ".txt"}  # noqa: RUF012
-    tables = ("predictions.json",)
+    tables = ("predictions.json", "classes.txt")
 
     def write(self, index: int, image: Image.Image, prediction: dict[str, Tensor]) -> Record:
         kept = prediction["scores"] >= self.min_score
@@ -126,6 +130,7 @@ class BoxWriter(Writer):
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(self.class_names)]
         content = {"images": images, "annotations": annotations, "categories": categories}
         (self.out / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
+        self.write_names()
         labels = [entry["category_id"] - 1 for entry in annotations]
         return f"{len(labels)} object{'' if len(labels) == 1 else 's'}{': ' if labels else ''}{self.told(labels)}"
 
@@ -146,7 +151,7 @@ class MapWriter(Writer):
         return {"pixels": torch.bincount(label_map.flatten().long(), minlength=len(self.class_names)).tolist()}
 
     def finish(self, records: Sequence[Record]) -> str:
-        (self.out / "classes.txt").write_text("".join(f"{name}\n" for name in self.class_names), encoding="utf-8")
+        self.write_names()
         pixels = [sum(counts) for counts in zip(*(record["pixels"] for record in records), strict=True)]
         order = sorted(range(len(pixels)), key=lambda label: -pixels[label])
         shares = [f"{self.class_names[i]} {pixels[i] / sum(pixels):.1%}" for i in order[:5] if pixels[i]]
@@ -185,9 +190,9 @@ WRITERS: Mapping[str, type[Writer]] = {"boxes": BoxWriter, "masks": BoxWriter, "
 class PredictionWriter(BasePredictionWriter):
     """Writes each image's files as soon as it is predicted, and tables and a line of summary at the end.
 
-    Boxes and masks: pictures/*.png, labels/*.txt (YOLO's), predictions.json (COCO's). Label maps: pictures/*.png,
-    masks/*.png, classes.txt. Classes: pictures/*.png, predictions.csv. The same images and checkpoint give the same
-    files, byte for byte.
+    Boxes and masks: pictures/*.png, labels/*.txt (YOLO's), classes.txt, predictions.json (COCO's). Label maps:
+    pictures/*.png, masks/*.png, classes.txt. Classes: pictures/*.png, predictions.csv. The same images and checkpoint
+    give the same files, byte for byte.
 
     Args:
         out: folder to write to; what it holds must be of the same images.
@@ -259,8 +264,12 @@ class PredictionWriter(BasePredictionWriter):
             print(self.summary)  # here, as it would stand above the progress bar otherwise
 
 
-def of_checkpoint(path: str) -> dict[str, Any]:
-    """The settings of `predict` that a checkpoint of `shunted-lit fit` knows: its task, and how images are prepared.
+def of_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]:
+    """The settings that a checkpoint of `shunted-lit fit` knows: its task, and its data.
+
+    Args:
+        path: the checkpoint.
+        predicts: images are to be named by the user, and only prepared as in training; else the data are its own.
 
     Raises:
         ValueError: a file that is no such checkpoint.
@@ -269,12 +278,18 @@ def of_checkpoint(path: str) -> dict[str, Any]:
     if "task" not in content or "hyper_parameters" not in content:
         raise ValueError(f"{path} holds no run of shunted-lit fit, and does not tell its task")
     arguments = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
-    data: dict[str, Any] = {}
-    if content["task"] == "ClassificationTask":
-        trained = content.get("datamodule_hyper_parameters", {})
+    trained = content.get("datamodule_hyper_parameters", {})
+    data: dict[str, Any] = {"class_path": "shunted_lit.data.ImagesDataModule", "init_args": {}}
+    if predicts and content["task"] == "ClassificationTask":
         size = trained.get("image_size", trained.get("size"))
-        data = {**in_validation(trained), "image_size": size}
-    return {
+        data["init_args"] = {**in_validation(trained), "image_size": size}
+    if not predicts:
+        linked = ("num_classes", "class_names", "annotation")  # which task and data have from each other
+        arguments = {name: value for name, value in arguments.items() if name not in linked}
+        known = {k: value for k, value in trained.items() if not k.startswith("_") and k not in linked}
+        data = {"class_path": trained.get("_class_path"), "init_args": known}
+    settings = {
         "model": {"class_path": f"shunted_lit.tasks.{content['task']}", "init_args": arguments},
-        "data": {"class_path": "shunted_lit.data.ImagesDataModule", "init_args": data},
+        "data": data,
     }
+    return settings if data["class_path"] else {"model": settings["model"]}

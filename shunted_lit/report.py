@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -16,7 +17,8 @@ from shunted_lit.tasks import BaseTask
 
 
 class RunReport(Callback):
-    """At the end of `fit`: predictions.png (by the best checkpoint), curves.png, and a table in the terminal.
+    """At the end of `fit`: predictions.png (by the best checkpoint), curves.png, and a table in the terminal; at the
+    end of `validate` and `test`, a table.
 
     Args:
         images: validation images in predictions.png.
@@ -43,6 +45,26 @@ class RunReport(Callback):
             self._draw_predictions(folder / "predictions.png", trainer, pl_module)
         self._print_table(folder, metrics, trainer)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._print_scores(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._print_scores(trainer)
+
+    @staticmethod
+    def _print_scores(trainer: Trainer) -> None:
+        log_dir = trainer.log_dir  # asks all ranks, so all have to come here
+        if not trainer.is_global_zero:
+            return
+        table = Table("", "", title=Text(str(log_dir or "")), show_header=False)
+        for name, value in sorted(trainer.callback_metrics.items()):
+            table.add_row(name, shown(float(value)))
+        console = Console()
+        console.print(table)
+        if log_dir:
+            print_classes(console, Path(log_dir) / "class_iou.csv", "classes")
+
     def _draw_predictions(self, path: Path, trainer: Trainer, task: BaseTask) -> None:
         if not trainer.val_dataloaders or self.images < 1:
             return
@@ -66,10 +88,10 @@ class RunReport(Callback):
         for name, (_, values) in sorted(series.items()):
             if name.startswith("val/") or name == "train/loss":
                 best = min(values) if name.endswith("loss") else max(values)
-                table.add_row(name, *(f"{v:.4f}" if v != -1 else "no such object" for v in (best, values[-1])))
+                table.add_row(name, shown(best), shown(values[-1]))
         console = Console()
         console.print(table)
-        print_classes(console, folder / "class_iou.csv")
+        print_classes(console, folder / "class_iou.csv", "classes, at the best validation")
         checkpoint: Any = trainer.checkpoint_callback
         for label, path in (("best checkpoint", getattr(checkpoint, "best_model_path", "")),
                             ("last checkpoint", getattr(checkpoint, "last_model_path", ""))):  # fmt: skip
@@ -77,13 +99,18 @@ class RunReport(Callback):
                 console.print(f"{label}: {path}", soft_wrap=True, markup=False)
 
 
-def print_classes(console: Console, path: Path) -> None:
+def shown(score: float) -> str:
+    """A score, where it is one: torchmetrics says -1 where there was nothing to find."""
+    return f"{score:.4f}" if score != -1 else "no such object"
+
+
+def print_classes(console: Console, path: Path, title: str) -> None:
     """The table of the classes that segmentation leaves in a run's folder."""
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:
         head, *rows = csv.reader(file)
-    table = Table(*head, title="classes, at the best validation")
+    table = Table(*head, title=title)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

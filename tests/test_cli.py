@@ -305,10 +305,12 @@ def test_wrong_settings_end_in_one_line(args, message):
         (["--model.neck_levels=[]"], "neck_levels is empty"),
         (["--model.levels=[4,4]"], "none twice"),
         (["--model.detector_options={foo: 1}"], "fcos has no option foo"),
-        (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate 1.5"),
+        (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate is 1.5"),
         (["--model.lr=-1"], "lr is -1"),
         (["--model.detector=yolo"], "detector is 'yolo'; choose one of"),
         (["--data.train_size=0"], "train_size is 0"),
+        (["--model.num_classes=3"], "model.num_classes is 3, but the data have 5 classes; leave it out"),
+        (["--model.neck={depth: many}"], "the neck's depth is 'many', but int is needed"),
     ],
 )
 def test_wrong_settings_are_told(args, message):

@@ -272,6 +272,33 @@ def test_wrong_labels_name_file_and_line(folder, line, message):
         yolo(folder)
 
 
+def test_all_that_is_wrong_is_told_in_one_go(folder):
+    (folder / "labels/train/000001.txt").write_text("0 0.5 0.5 0.2\n9 0.5 0.5 0.2 0.2\n")
+    (folder / "labels/train/000002.txt").write_text("0 0.5 0.5 0.5 0.5\n0 0.9 0.5 0.4 0.2\n")
+    with pytest.raises(ValueError, match="3 faults") as told:
+        yolo(folder)
+    lines = str(told.value).splitlines()
+    for line, part in zip(lines, ("000001.txt, line 1", "000001.txt, line 2", "000002.txt, line 2"), strict=False):
+        assert part in line
+    assert lines[3].endswith("data.yaml: 3 faults")
+    (folder / "labels/train/000003.txt").write_text("x\n" * 400)
+    with pytest.raises(ValueError, match="403 faults, the first 10 of them above") as told:
+        yolo(folder)
+    assert len(str(told.value).splitlines()) == 11
+
+
+def test_all_that_is_wrong_in_coco_is_told_in_one_go(folder):
+    for name in ("000002.png", "000004.png"):
+        (folder / "images/train" / name).unlink()
+    edit(folder, lambda content: content["annotations"][1].update(category_id=77))
+    edit(folder, lambda content: content["annotations"][2].update(bbox=[1, 2]))
+    with pytest.raises(ValueError, match=r"there is no .*000002\.png\n.*there is no .*000004\.png\n") as told:
+        coco(folder)
+    assert "annotation 2 names category 77" in str(told.value)
+    assert "annotation 3: bbox is [1, 2]" in str(told.value)
+    assert str(told.value).endswith("train.json: 4 faults")
+
+
 def test_bad_boxes_can_be_dropped_but_are_counted(folder, caplog):
     (folder / "labels/train/000002.txt").write_text("0 0.5 0.5 0.5 0.5\n0 0.9 0.5 0.4 0.2\n0 0.5 0.5 0 0.2\n")
     module = yolo(folder, bad_boxes="drop")
@@ -510,6 +537,8 @@ def test_yolo_polygons_are_masks(folder):
     [
         ([], "is empty"),
         (None, "is neither a list of polygons nor run lengths"),
+        ([1, 2, 3, 4, 5, 6], "is one list of numbers; a list of polygons is needed"),
+        ({"size": [96, 96], "counts": [9216]}, "covers no pixel"),
         ([[1, 2, 3, 4]], "has a polygon of 4 numbers; an even number, 6 or more"),
         ([[1, 2, 3, 4, 5, 6, 7]], "has a polygon of 7 numbers"),
         ([[1, 2, 3, 4, 5, float("nan")]], "has a polygon of 6 numbers; .*finite"),

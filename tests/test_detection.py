@@ -121,8 +121,24 @@ def test_images_of_a_size_share_a_batch_and_change_little():
             for level, x in alone.items():
                 torch.testing.assert_close(maps[level][i : i + 1], x, rtol=0, atol=1e-4)
     sizes = []
-    detect(lambda some: sizes.append(len(some)) or some, [images[0], torch.rand(3, 8, 8), *images[1:]])
+    detector.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        detect(detector, [images[0], torch.rand(3, 32, 32), *images[1:]])
     assert sizes == [3, 1]
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+@pytest.mark.parametrize("size", [(3, 700), (700, 2), (1, 1)])
+def test_the_narrowest_images_give_boxes_within_them(name, size):
+    thresholds = {"box_score_thresh": 0.0} if name.endswith("rcnn") else {"score_thresh": 0.0}
+    detector = small(name, **thresholds).eval()
+    detector.transform.min_size, detector.transform.max_size = (64,), 128
+    with torch.no_grad():
+        (result,) = detect(detector, [torch.rand(3, *size)])
+    assert (result["boxes"] >= 0).all()
+    assert (result["boxes"] <= torch.tensor([size[1], size[0]] * 2)).all()
+    assert len(result["boxes"]) == len(result["labels"]) == len(result["scores"])
+    assert result.get("masks", torch.zeros(0, *size)).shape[-2:] == size
 
 
 class Logged(DetectionTask):

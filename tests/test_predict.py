@@ -162,6 +162,14 @@ def test_images_come_in_order_in_their_own_size_or_prepared(tmp_path):
     assert images(tmp_path / "b.png").names == ["b"]
 
 
+def test_images_of_other_formats_are_counted(tmp_path, caplog):
+    for name in ("a.png", "b.gif", "c.GIF"):
+        Image.new("RGB", (9, 9)).save(tmp_path / name)
+    (tmp_path / "notes.pdf").write_text("no image that can be read")
+    assert images(tmp_path).names == ["a"]
+    assert "images of other formats are left out (1 .gif, 1 .GIF)" in caplog.text
+
+
 def test_wrong_folders_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"no images in it; they end in"):
         images(tmp_path)

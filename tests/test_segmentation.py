@@ -167,7 +167,7 @@ class Logged(SegmentationTask):
         self.logged[name] = float(value)
 
 
-def test_scores_are_those_of_a_plain_count(tmp_path):
+def test_scores_are_those_of_a_plain_count(tmp_path, caplog):
     generator = torch.Generator().manual_seed(0)
     truths = [torch.randint(0, 3, (20, 30), generator=generator) for _ in range(3)]  # class 3 is nowhere
     answers = [torch.where(torch.rand(20, 30, generator=generator) < 0.7, truth, 0) for truth in truths]
@@ -181,6 +181,7 @@ def test_scores_are_those_of_a_plain_count(tmp_path):
     })()  # fmt: skip
     model.validation_step(([None] * 3, [truth.byte() for truth in truths]), 0)
     model.on_validation_epoch_end()
+    assert "1 of 4 classes (d) are on no pixel of these masks, where 255 stands for no class" in caplog.text
     truth, answer = torch.stack(truths), torch.stack(answers)
     known = truth != 255
     iou = [

@@ -117,7 +117,7 @@ def test_predict_needs_a_checkpoint_alone_and_repeats_itself(system, trained, pi
     }
     expected = {f"pictures/{name}.png" for name in ("a", "b", "below/c")} | {
         ClassificationTask: {"predictions.csv"},
-        DetectionTask: {"predictions.json", *(f"labels/{name}.txt" for name in ("a", "b", "below/c"))},
+        DetectionTask: {"predictions.json", "classes.txt", *(f"labels/{name}.txt" for name in ("a", "b", "below/c"))},
         SegmentationTask: {"classes.txt", *(f"masks/{name}.png" for name in ("a", "b", "below/c"))},
     }[SYSTEMS[system][0]]
     assert {path.as_posix() for path in files} == expected
@@ -143,6 +143,38 @@ def test_evaluation_repeats_the_last_validation(trained):
     log_dir = Path(cli.trainer.log_dir)
     assert metrics(log_dir, "val/miou") == pytest.approx(metrics(folder, "val/miou"), abs=1e-6)
     assert (log_dir / "class_iou.csv").read_text() == (folder / "class_iou.csv").read_text()
+
+
+def test_a_checkpoint_alone_is_evaluated_on_its_data(trained, capsys):
+    folder = trained("ade20k/upernet_shunted_t")
+    words = [f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"]
+    cli = main(["validate", *words])
+    assert metrics(cli.trainer.log_dir, "val/miou") == pytest.approx(metrics(folder, "val/miou"), abs=1e-6)
+    told = capsys.readouterr().out
+    assert "val/miou" in told
+    assert "circle" in told
+    assert "DataLoader 0" not in told
+
+
+def test_evaluation_may_set_anew_how_it_looks(trained, caplog):
+    folder = trained("ade20k/upernet_shunted_t")
+    words = [f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"]
+    with caplog.at_level("INFO"):
+        cli = main(["validate", *words, "--model.short_side=null", "--model.window=32", "--model.lr=0.5"])
+    assert cli.model.evaluation == {"short_side": None, "window": 32, "stride": None}
+    assert cli.model.lr == 0.001
+    assert "model.window is 32; in training it was" in caplog.text
+    assert "model.lr is 0.001, as in the checkpoint, not 0.5" in caplog.text
+    with pytest.raises((ValueError, SystemExit), match="window is 0, but 1 or more"):
+        main(["test", *words, "--model.window=0"])
+
+
+def test_what_is_not_there_has_no_score(trained, capsys):
+    folder = trained("coco/retinanet_shunted_t")
+    main(["validate", f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"])
+    rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "val/" in line}
+    assert "no such object" in rows["val/map_large"], "shapes of 64 pixels"
+    assert "-1" not in rows["val/map_large"]
 
 
 # --- a line in YAML each
@@ -227,6 +259,8 @@ def test_predict_tells_what_it_needs(trained, pictures):
     images = f"--data.images={pictures}"
     with pytest.raises(ValueError, match="predict needs trained weights: name a checkpoint by --ckpt_path"):
         main(["predict", images])
+    with pytest.raises(ValueError, match="predict needs images: name one, or a folder of them, by --data"):
+        main(["predict", checkpoint])
     with pytest.raises(ValueError, match=r"none\.ckpt: no such file"):
         main(["predict", images, "--ckpt_path=none.ckpt"])
     with pytest.raises(ValueError, match="the data are ShapesDataModule; a checkpoint is enough"):

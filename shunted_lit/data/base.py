@@ -178,23 +178,22 @@ class Record:
     segments: list[Segment] | None = None  # an outline for each box, where masks are wanted
 
 
-class BoxCheck:
-    """Judges objects as a reader meets them: a bad one is an error, or left out and counted.
+class LabelCheck:
+    """Gathers what is wrong as a reader of labels meets it, so that all of it is told in one go.
 
     Args:
-        bad_boxes: "error", or "drop" to leave bad ones out and say how many at the end.
+        bad_boxes: "error", or "drop" to leave objects with a bad box or mask out and say how many at the end.
     """
+
+    SHOWN = 10  # faults that are told one by one
 
     def __init__(self, bad_boxes: BadBoxes):
         self.bad_boxes = bad_boxes
+        self.faults: list[str] = []
         self.dropped = 0
 
     def accepts(self, box: Sequence[float], width: float, height: float, slack: float, where: str) -> bool:
-        """Whether x1 y1 x2 y2 has an area and lies within `width` and `height`, give or take `slack` of rounding.
-
-        Raises:
-            ValueError: if not, unless bad boxes are to be dropped; says `where`.
-        """
+        """Whether x1 y1 x2 y2 has an area and lies within `width` and `height`, give or take `slack` of rounding."""
         x1, y1, x2, y2 = box
         if not (x2 > x1 and y2 > y1):
             fault = "has no area"
@@ -207,12 +206,23 @@ class BoxCheck:
         return False
 
     def reject(self, told: str) -> None:
-        """Counts an object that is left out; ValueError with what is told, unless bad ones are to be dropped."""
+        """An object that is a fault, or left out and counted."""
         if self.bad_boxes == "error":
-            raise ValueError(f"{told}; mend it, or set bad_boxes to drop")
-        self.dropped += 1
+            self.fail(f"{told}; mend it, or set bad_boxes to drop")
+        else:
+            self.dropped += 1
+
+    def fail(self, told: str) -> None:
+        """A fault that nothing but mending helps."""
+        self.faults.append(told)
 
     def report(self, source: Path) -> None:
+        """Raises ValueError with the faults and their number; logs how many objects were left out."""
+        if self.faults:
+            count = len(self.faults)
+            shown = "\n".join(self.faults[: self.SHOWN])
+            told = f"{count} faults" + (f", the first {self.SHOWN} of them above" if count > self.SHOWN else "")
+            raise ValueError(shown if count == 1 else f"{shown}\n{source}: {told}")
         if self.dropped:
             log.warning(
                 "%s: left out %d boxes of no area, outside their image, or with a damaged mask", source, self.dropped

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import BadBoxes, BoxCheck, DetectionDataModule, FolderDataset, Record, Sample
+from shunted_lit.data.base import BadBoxes, DetectionDataModule, FolderDataset, LabelCheck, Record, Sample
 from shunted_lit.data.segments import fault_of, is_number
 
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
@@ -73,7 +73,7 @@ class CocoDataModule(DetectionDataModule):
             raise ValueError(
                 f"{file} has other categories than {self.annotations['val']}: {categories} against {self.categories}"
             )
-        check = BoxCheck(self.bad_boxes)
+        check = LabelCheck(self.bad_boxes)
         masks = self.annotation == "masks"
         records = read_records(file, content, self.images[split], list(categories), check, split == "val", masks)
         check.report(file)
@@ -120,62 +120,62 @@ def read_records(
     content: dict[str, Any],
     folder: Path,
     category_ids: list[int],
-    check: BoxCheck,
+    check: LabelCheck,
     crowds: bool,
     masks: bool,
 ) -> list[Record]:
     """An entry an image of the file, in the order of the ids; crowd regions and segments only where asked for."""
     images = by_id(file, "images", content["images"], "file_name", "width", "height")
-    label = {category: i for i, category in enumerate(category_ids)}
     records = {}
     for number in sorted(images):
-        image = images[number]
+        image, where = images[number], f"{file}: image {number}"
         if not (
             isinstance(image["file_name"], str) and isinstance(image["width"], int) and isinstance(image["height"], int)
         ):
-            raise ValueError(
-                f"{file}: image {number} needs file_name as text, width and height as whole numbers: {image}"
-            )
-        if (folder / image["file_name"]).is_relative_to(folder):
+            check.fail(f"{where} needs file_name as text, width and height as whole numbers: {image}")
+        elif not (folder / image["file_name"]).is_relative_to(folder):
+            check.fail(f"{where} has the file_name {image['file_name']}, which is not within {folder}")
+        else:
             size = (image["width"], image["height"])
             path = folder / image["file_name"]
             records[number] = Record(path, number, size=size, segments=[] if masks else None)
-        else:
-            raise ValueError(
-                f"{file}: image {number} has the file_name {image['file_name']}, which is not within {folder}"
-            )
-    if repeated := [path for path, count in Counter(record.path for record in records.values()).items() if count > 1]:
-        raise ValueError(f"{file}: several images have the file_name {repeated[0].relative_to(folder)}")
+    for path, count in Counter(record.path for record in records.values()).items():
+        if count > 1:
+            check.fail(f"{file}: several images have the file_name {path.relative_to(folder)}")
     present = {path.relative_to(folder) for path in folder.rglob("*")} if folder.is_dir() else set()
     for record in records.values():
         if record.path.relative_to(folder) not in present:
-            raise ValueError(f"{file}: image {record.image_id} is missing: there is no {record.path}")
+            check.fail(f"{file}: image {record.image_id} is missing: there is no {record.path}")
+    label = {category: i for i, category in enumerate(category_ids)}
     for number, entry in by_id(file, "annotations", content["annotations"], "image_id", "category_id", "bbox").items():
         where = f"{file}: annotation {number}"
-        if not isinstance(entry["image_id"], int) or entry["image_id"] not in records:
-            raise ValueError(f"{where} names image {entry['image_id']!r}, which is not among the {len(records)} images")
-        if not isinstance(entry["category_id"], int) or entry["category_id"] not in label:
-            raise ValueError(f"{where} names category {entry['category_id']!r}, but categories has {category_ids}")
         box = entry["bbox"]
-        if not (isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)):
-            raise ValueError(f"{where}: bbox is {box}, but four finite numbers x y width height are needed")
-        if entry.get("iscrowd", 0) not in (0, 1):
-            raise ValueError(f"{where}: iscrowd is {entry['iscrowd']!r}, but 0 or 1 is needed")
-        if entry.get("iscrowd") and not crowds:
-            continue
-        x, y, w, h = box
-        corners = (x, y, x + w, y + h)
-        image = images[entry["image_id"]]
-        if masks and "segmentation" not in entry:
-            raise ValueError(f"{where} has no segmentation, but masks are wanted; add it, or train on boxes alone")
-        if check.accepts(corners, image["width"], image["height"], SLACK, where):
-            record = records[entry["image_id"]]
-            if record.segments is not None:
-                if fault := fault_of(entry["segmentation"], image["height"], image["width"], SLACK):
-                    check.reject(f"{where}: segmentation {fault}")
-                    continue
-                record.segments.append(entry["segmentation"])
-            record.boxes.append(corners)
-            record.labels.append(label[entry["category_id"]])
-            record.crowd.append(bool(entry.get("iscrowd")))
+        if not isinstance(entry["image_id"], int) or entry["image_id"] not in images:
+            check.fail(f"{where} names image {entry['image_id']!r}, which is not among the {len(images)} images")
+        elif not isinstance(entry["category_id"], int) or entry["category_id"] not in label:
+            check.fail(f"{where} names category {entry['category_id']!r}, but categories has {category_ids}")
+        elif not (isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)):
+            check.fail(f"{where}: bbox is {box}, but four finite numbers x y width height are needed")
+        elif entry.get("iscrowd", 0) not in (0, 1):
+            check.fail(f"{where}: iscrowd is {entry['iscrowd']!r}, but 0 or 1 is needed")
+        elif entry["image_id"] in records and (crowds or not entry.get("iscrowd")):
+            add_object(records[entry["image_id"]], entry, label[entry["category_id"]], check, where)
     return list(records.values())
+
+
+def add_object(record: Record, entry: dict[str, Any], label: int, check: LabelCheck, where: str) -> None:
+    """Adds an annotation to the image it is of, unless its box or its mask is at fault."""
+    x, y, w, h = entry["bbox"]
+    corners = (x, y, x + w, y + h)
+    width, height = record.size or (0, 0)
+    if record.segments is not None and "segmentation" not in entry:
+        check.fail(f"{where} has no segmentation, but masks are wanted; add it, or train on boxes alone")
+    elif check.accepts(corners, width, height, SLACK, where):
+        if record.segments is not None:
+            if fault := fault_of(entry["segmentation"], height, width, SLACK):
+                check.reject(f"{where}: segmentation {fault}")
+                return
+            record.segments.append(entry["segmentation"])
+        record.boxes.append(corners)
+        record.labels.append(label)
+        record.crowd.append(bool(entry.get("iscrowd")))

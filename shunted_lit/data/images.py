@@ -1,16 +1,20 @@
 """Plain images to predict on."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, collate, read_image
+
+log = logging.getLogger(__name__)
 
 
 class ImagesDataModule(BaseDataModule):
@@ -47,7 +51,13 @@ class ImagesDataModule(BaseDataModule):
         self.root = Path(images)
         self.is_folder = self.root.is_dir()
         if self.is_folder:
-            self.paths = sorted(path for path in self.root.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            files = sorted(path for path in self.root.rglob("*") if path.is_file())
+            self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
+            kinds = Image.registered_extensions()  # after which Image.OPEN has those that can be read
+            known = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN} - IMAGE_SUFFIXES
+            if others := Counter(path.suffix for path in files if path.suffix.lower() in known):
+                told = ", ".join(f"{count} {suffix}" for suffix, count in others.items())
+                log.warning("%s: images of other formats are left out (%s)", images, told)
         elif self.root.is_file():
             self.root, self.paths = self.root.parent, [self.root]
         else:

@@ -32,19 +32,22 @@ def fault_of(segment: Any, height: int, width: int, slack: float) -> str | None:
             return "has run lengths that are not all whole numbers of 0 or more"
         if sum(counts) != height * width:
             return f"has run lengths of {sum(counts)} pixels together, but its image has {height * width}"
+        covered = sum(counts[1::2])
     elif isinstance(counts, str):
         try:
-            coco_mask.decode(segment)
+            covered = int(coco_mask.decode(segment).sum())
         except (RuntimeError, ValueError) as error:
             return f"has damaged run lengths ({error})"
     else:
         return "has counts that are neither a list nor text"
-    return None
+    return None if covered else "covers no pixel"
 
 
 def fault_of_polygons(polygons: list[Any], height: int, width: int, slack: float) -> str | None:
     if not polygons:
         return "is empty"
+    if all(map(is_number, polygons)):
+        return "is one list of numbers; a list of polygons is needed, [[x1, y1, x2, y2, x3, y3, ...], ...]"
     for polygon in polygons:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2 or not all(map(is_number, polygon)):
             count = len(polygon) if isinstance(polygon, list) else 0

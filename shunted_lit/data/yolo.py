@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from shunted_lit.data.base import (
     IMAGE_SUFFIXES,
     BadBoxes,
-    BoxCheck,
     DetectionDataModule,
     FolderDataset,
+    LabelCheck,
     Record,
     Sample,
     read_lines,
@@ -62,7 +62,7 @@ class YoloDataModule(DetectionDataModule):
         self.class_names = self.content["names"]
 
     def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
-        check = BoxCheck(self.bad_boxes)
+        check = LabelCheck(self.bad_boxes)
         images = list_images(self.file, self.content, split)
         labelled = [label_path(image) for image in images]
         if repeated := [label for label, count in Counter(labelled).items() if count > 1]:
@@ -72,8 +72,8 @@ class YoloDataModule(DetectionDataModule):
         for i, (image, label) in enumerate(zip(images, labelled, strict=True)):
             boxes, labels, segments = read_labels(label, self.class_names, check, masks)
             records.append(Record(image, i, boxes, labels, segments=segments if masks else None))
+        find_orphans(images, labelled, check)
         check.report(self.file)
-        forbid_orphans(images, labelled)
         return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
 
 
@@ -137,8 +137,8 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def forbid_orphans(images: list[Path], labelled: list[Path]) -> None:
-    """A label file whose image is missing is an error: its objects would be lost in silence."""
+def find_orphans(images: list[Path], labelled: list[Path], check: LabelCheck) -> None:
+    """A label file whose image is missing is a fault: its objects would be lost in silence."""
     folders = {label.parent: image.parent for image, label in zip(images, labelled, strict=True)}
     for labels, pictures in sorted(folders.items()):
         if labels == pictures or not labels.is_dir():
@@ -146,15 +146,15 @@ def forbid_orphans(images: list[Path], labelled: list[Path]) -> None:
         stems = {path.stem for path in pictures.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
         for file in sorted(labels.glob("*.txt")):
             if file.stem not in stems and file.name != "classes.txt":
-                raise ValueError(f"{file}: no image in {pictures} belongs to these labels; add it, or remove the file")
+                check.fail(f"{file}: no image in {pictures} belongs to these labels; add it, or remove the file")
 
 
 def read_labels(
-    file: Path, names: list[str], check: BoxCheck, masks: bool = False
+    file: Path, names: list[str], check: LabelCheck, masks: bool = False
 ) -> tuple[list[tuple[float, float, float, float]], list[int], list[Segment]]:
     """Boxes (x1 y1 x2 y2, in fractions of the image), classes and polygons of a label file; none where there is none.
 
-    Where `masks`, a line without a polygon is an error.
+    Where `masks`, a line without a polygon is a fault.
     """
     boxes, labels = [], []
     segments: list[Segment] = []
@@ -163,22 +163,10 @@ def read_labels(
             continue
         where = f"{file}, line {number}"
         try:
-            values = [float(word) for word in line.split()]
-        except ValueError:
-            raise ValueError(f"{where}: {line.strip()!r} is not all numbers; class cx cy w h is needed") from None
-        if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
-            raise ValueError(
-                f"{where}: {len(values)} numbers; class cx cy w h (5) or class x1 y1 x2 y2 x3 y3 ... (7, 9, ...) needed"
-            )
-        if not all(map(math.isfinite, values)):
-            raise ValueError(f"{where}: {line.strip()!r} holds a number that is not finite")
-        label, *rest = values
-        if label != int(label) or not 0 <= label < len(names):
-            raise ValueError(f"{where}: class {label:g}, but names has the classes 0 to {len(names) - 1}")
-        if masks and len(rest) == 4:
-            raise ValueError(
-                f"{where}: a box, but masks are wanted: class x1 y1 x2 y2 x3 y3 ... is needed on each line"
-            )
+            label, rest = read_line(line, names, masks)
+        except ValueError as error:
+            check.fail(f"{where}: {error}")
+            continue
         if len(rest) == 4:
             cx, cy, w, h = rest
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
@@ -186,6 +174,26 @@ def read_labels(
             box = (min(rest[0::2]), min(rest[1::2]), max(rest[0::2]), max(rest[1::2]))
         if check.accepts(box, 1, 1, SLACK, where):
             boxes.append(box)
-            labels.append(int(label))
+            labels.append(label)
             segments.append([rest])
     return boxes, labels, segments
+
+
+def read_line(line: str, names: list[str], masks: bool) -> tuple[int, list[float]]:
+    """Class and coordinates; ValueError where they are none."""
+    try:
+        values = [float(word) for word in line.split()]
+    except ValueError:
+        raise ValueError(f"{line.strip()!r} is not all numbers; class cx cy w h is needed") from None
+    if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+        raise ValueError(
+            f"{len(values)} numbers; class cx cy w h (5) or class x1 y1 x2 y2 x3 y3 ... (7, 9, ...) needed"
+        )
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{line.strip()!r} holds a number that is not finite")
+    label, *rest = values
+    if label != int(label) or not 0 <= label < len(names):
+        raise ValueError(f"class {label:g}, but names has the classes 0 to {len(names) - 1}")
+    if masks and len(rest) == 4:
+        raise ValueError("a box, but masks are wanted: class x1 y1 x2 y2 x3 y3 ... is needed on each line")
+    return int(label), rest

@@ -38,9 +38,10 @@ SCHEDULES: Mapping[str, Callable[[float, float], float]] = {
 class BaseTask(LightningModule):
     """AdamW without decay on norms and biases; linear warm-up, then a schedule, both by the step.
 
-    A subclass names in `monitor` the logged value that tells its best checkpoint and in `annotation` what it learns
-    from (the words of `BaseDataModule`), calls `save_hyperparameters` (only primitive ones: a checkpoint must load
-    with `weights_only=True`), and builds its network.
+    A subclass names in `monitor` the logged value that tells its best checkpoint, in `annotation` what it learns from
+    (the words of `BaseDataModule`), in `adjustable` the arguments that evaluation may set anew, calls
+    `save_hyperparameters` (only primitive ones: a checkpoint must load with `weights_only=True`), and builds its
+    network.
 
     Args:
         num_classes: number of classes; labels run from 0.
@@ -62,6 +63,7 @@ class BaseTask(LightningModule):
 
     monitor: str
     annotation = ""  # whatever the data come with
+    adjustable: tuple[str, ...] = ()  # arguments that evaluation may set anew
 
     @classmethod
     def annotation_for(cls, options: Mapping[str, Any]) -> str:
@@ -112,9 +114,10 @@ class BaseTask(LightningModule):
         if (
             self.annotation and given != self.annotation and (given, self.annotation) != ("masks", "boxes")
         ):  # masks have boxes besides
+            offers = self.annotation in getattr(data, "offers", ())
             raise ValueError(
-                f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; choose "
-                f"other data, or give it annotation={self.annotation!r}"
+                f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; "
+                + (f"give it annotation={self.annotation!r}" if offers else "choose other data")
             )
 
     def setup(self, stage: str) -> None:

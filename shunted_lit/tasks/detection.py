@@ -57,6 +57,7 @@ class DetectionTask(BaseTask):
     """
 
     monitor = "val/map"
+    adjustable = ("min_size", "max_size", "detector_options")
     MEASURES = ("map", "map_50", "map_small", "map_medium", "map_large")
 
     @classmethod

@@ -1,6 +1,7 @@
 """Semantic segmentation: a decoder of segmentation_models_pytorch on any timm backbone, with or without the neck."""
 
 import csv
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from shunted_lit.features import FeaturePath, groups_of_a_size
 from shunted_lit.pictures import draw_maps
 from shunted_lit.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
+
+log = logging.getLogger(__name__)
 
 Batch = tuple[list[Tensor], list[Tensor]]
 
@@ -62,6 +65,7 @@ class SegmentationTask(BaseTask):
 
     monitor = "val/miou"
     annotation = "map"
+    adjustable = ("short_side", "window", "window_stride")
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class SegmentationTask(BaseTask):
         self.evaluation = {"short_side": short_side, "window": window, "stride": window_stride}
         # Values are judged where label maps are read; here that would cost more than the counting.
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
-        self.best_miou = -1.0
+        self.best_miou, self.evaluated = -1.0, False
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images [(3, H_i, W_i)] in 0..1 -> logits [(classes, H_i, W_i)]."""
@@ -183,9 +187,22 @@ class SegmentationTask(BaseTask):
         miou = float(iou.nanmean())
         self.log(f"{stage}/miou", miou, prog_bar=True)
         self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()), prog_bar=True)
+        if not self.trainer.sanity_checking and not self.evaluated:
+            self.evaluated = True
+            self._tell_absent(pixels)
         if not self.trainer.sanity_checking and miou >= self.best_miou:
             self.best_miou = miou
             self._write_table(iou.tolist(), (hits / pixels).tolist(), pixels.long().tolist())
+
+    def _tell_absent(self, pixels: Tensor) -> None:
+        """Warns of classes that are nowhere: values of the masks may mean something else, such as 255 an object."""
+        absent = [name for name, count in zip(self.class_names, pixels.tolist(), strict=True) if not count]
+        if absent and self.trainer.is_global_zero:
+            told = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+            log.warning(
+                "%d of %d classes (%s) are on no pixel of these masks, where %d stands for no class",
+                len(absent), len(self.class_names), told, IGNORED,
+            )  # fmt: skip
 
     def _write_table(self, iou: list[float], recall: list[float], pixels: list[int]) -> None:
         folder = self.trainer.log_dir  # asks all ranks, so all have to come here
