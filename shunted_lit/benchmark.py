@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from shunted_lit.data.digits import check_new
 from shunted_lit.export import FORMATS, Exportable, check_runtime
 from shunted_lit.features import check_model_name
+from shunted_lit.files import check_new
 from shunted_lit.shunted import ShuntedHeads, ShuntedTransformer, pad_to_multiple
 
 log = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
+from shunted_lit.attention import attention, cost
 from shunted_lit.benchmark import benchmark
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
@@ -34,7 +35,9 @@ log = logging.getLogger(__name__)
 
 # Commands that are plain functions: their arguments and help come from signature and docstring.
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "attention": attention,
     "benchmark": benchmark,
+    "cost": cost,
     "digits": write_digits,
     "export": export,
     "scenes": write_scenes,
@@ -139,13 +142,16 @@ class ShuntedCLI(LightningCLI):
             if name not in asked or asked[name] == value or name in of_data:
                 continue
             if name in adjustable and self.from_checkpoint:
-                arguments[name] = asked[name]
+                merged = isinstance(value, dict) and isinstance(asked[name], dict)
+                arguments[name] = {**value, **asked[name]} if merged else asked[name]
                 log.info("model.%s is %s; in training it was %s", name, asked[name], value)
             else:
                 log.warning("model.%s is %s, as in the checkpoint, not %s", name, value, asked[name])
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
+        if config.trainer.logger is False:  # there is no folder of the run's own
+            self.save_config_callback = None
         if self.subcommand == "predict":
             self.save_config_callback = None
             return super().instantiate_trainer(logger=False, **kwargs)

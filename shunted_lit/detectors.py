@@ -226,4 +226,10 @@ def build_detector(
     if anchor_scale <= 0:
         raise ValueError(f"anchor_scale is {anchor_scale}, but more than 0 is needed")
     pyramid = Pyramid(features, pyramid_channels, extra_levels)
+    sides = [min_size] if isinstance(min_size, int) else list(min_size)
+    if not sides or min(sides) < 1 or max(sides) > max_size:
+        raise ValueError(
+            f"min_size is {min_size} and max_size {max_size}, but 1 pixel or more is needed, and no short side may be "
+            "above the bound of the long one; raise max_size too"
+        )
     return build(pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)

@@ -18,10 +18,10 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from shunted_lit.data.digits import check_new
 from shunted_lit.data.image_folder import in_validation
 from shunted_lit.data.shapes import ShapesDataset
 from shunted_lit.deploy import Normalized, batched, with_free_bins
+from shunted_lit.files import check_new
 from shunted_lit.shunted import VARIANTS, ShuntedTransformer
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.weights import from_source_names, neck_keywords, read_checkpoint

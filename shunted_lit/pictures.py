@@ -76,10 +76,10 @@ def classes_in(label_maps: Iterable[Tensor]) -> list[int]:
     return sorted(found - {IGNORED})
 
 
-def shown(prediction: dict[str, Any]) -> dict[str, Any]:
-    """What of a prediction is drawn: `boxes`, `labels`, `scores`, `masks` from MIN_SCORE, the best one of a place."""
+def shown(prediction: dict[str, Any], min_score: float = MIN_SCORE) -> dict[str, Any]:
+    """What of a prediction is drawn: `boxes`, `labels`, `scores`, `masks` from that score, the best one of a place."""
     keep = nms(prediction["boxes"], prediction["scores"], MAX_OVERLAP)
-    keep = keep[prediction["scores"][keep] >= MIN_SCORE]
+    keep = keep[prediction["scores"][keep] >= min_score]
     return {key: prediction[key][keep] for key in ("boxes", "labels", "scores", "masks") if key in prediction}
 
 
@@ -211,9 +211,11 @@ def with_legend(image: Tensor, entries: Sequence[tuple[int, str]]) -> Image.Imag
     return sheet
 
 
-def picture_of_boxes(image: Tensor, prediction: dict[str, Any], class_names: Sequence[str]) -> Image.Image:
+def picture_of_boxes(
+    image: Tensor, prediction: dict[str, Any], class_names: Sequence[str], min_score: float = MIN_SCORE
+) -> Image.Image:
     """An image (3, H, W), uint8, with what is `shown` of a prediction: masks, boxes with their scores, a legend."""
-    found = shown(prediction)
+    found = shown(prediction, min_score)
     labels = found["labels"].tolist()
     image = with_masks(image, found["masks"], labels) if "masks" in found else image
     image, times = enlarged(image)

@@ -90,8 +90,10 @@ class BoxWriter(Writer):
 
     def write(self, index: int, image: Image.Image, prediction: dict[str, Tensor]) -> Record:
         kept = prediction["scores"] >= self.min_score
+        if "masks" in prediction:
+            kept &= prediction["masks"].flatten(1).any(1)  # one without a pixel is no object
         found = {key: value[kept].cpu() for key, value in prediction.items()}
-        self.save("pictures", index, picture_of_boxes(pil_to_tensor(image), found, self.class_names))
+        self.save("pictures", index, picture_of_boxes(pil_to_tensor(image), found, self.class_names, self.min_score))
         size = torch.tensor([image.width, image.height])
         corners = found["boxes"].float()
         fractions = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
@@ -196,7 +198,7 @@ class PredictionWriter(BasePredictionWriter):
 
     Args:
         out: folder to write to; what it holds must be of the same images.
-        min_score: least score of the boxes that are written.
+        min_score: least score of the boxes that are written and drawn; of several in one place the best is drawn.
     """
 
     def __init__(self, out: str = "predictions", min_score: float = 0.3):

@@ -315,6 +315,8 @@ class Block(nn.Module):
         self.norm1 = norm_layer(dim)
         self.attn = ShuntedSelfAttention(dim, num_heads, ratios, qkv_bias, qk_scale, attn_drop, drop, **dd)
         self.norm2 = norm_layer(dim)
+        if int(dim * mlp_ratio) < 1:
+            raise ValueError(f"the feed-forward's width is {mlp_ratio} times {dim} channels, but at least 1 is needed")
         self.mlp = DetailSpecificFeedForward(dim, int(dim * mlp_ratio), drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 

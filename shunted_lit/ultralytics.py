@@ -24,6 +24,7 @@ from torch.nn.modules.module import _WrappedHook
 
 from shunted_lit import shunted, weights
 from shunted_lit.features import check_neck_keywords
+from shunted_lit.files import check_new_file
 
 OLDEST = "8.3.228"  # Ultralytics that is tried; pyproject.toml says the same
 FAMILIES = ("-world", "yoloe", "rtdetr")  # which Ultralytics tells by the file's name alone
@@ -256,13 +257,6 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
     print(f"{out}: the neck is layer {', '.join(map(str, necks))}")
 
 
-def check_new_file(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        raise ValueError(f"{out}: the name must end in {suffix}")
-    if out.exists():
-        raise ValueError(f"{out} is there already; remove it, or name another file")
-
-
 def is_neck(layer: nn.Module) -> bool:
     """Whether a layer of a YOLO is the neck, or several in a row."""
     return isinstance(layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer, ShuntedTransformer)
@@ -283,6 +277,8 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
     """
     places = [i for i, layer in enumerate(model.model) if not is_neck(layer)]
     count = len(base.model)
+    if any(map(is_neck, base.model)):
+        raise ValueError("the base has a neck itself, and is a model to train from as it is")
     if count != len(places):
         raise ValueError(f"the base has {count} layers, but the model has {len(places)} besides its necks")
     given = {}

@@ -539,6 +539,7 @@ def test_yolo_polygons_are_masks(folder):
         (None, "is neither a list of polygons nor run lengths"),
         ([1, 2, 3, 4, 5, 6], "is one list of numbers; a list of polygons is needed"),
         ({"size": [96, 96], "counts": [9216]}, "covers no pixel"),
+        ([[10, 10, 20, 20, 30, 30]], "has no area"),
         ([[1, 2, 3, 4]], "has a polygon of 4 numbers; an even number, 6 or more"),
         ([[1, 2, 3, 4, 5, 6, 7]], "has a polygon of 7 numbers"),
         ([[1, 2, 3, 4, 5, float("nan")]], "has a polygon of 6 numbers; .*finite"),

@@ -198,6 +198,14 @@ def test_scores_are_those_of_a_plain_count(tmp_path, caplog):
     assert sum(int(row["pixels"]) for row in rows) == int(known.sum())
 
 
+def test_masks_without_any_class_are_told():
+    model = Logged(num_classes=4, decoder_options=NARROW["fpn"])
+    model.answers, model.logged = [torch.zeros(4, 5, dtype=torch.int64)], {}
+    model.validation_step(([None], [torch.full((4, 5), 255, dtype=torch.uint8)]), 0)
+    with pytest.raises(ValueError, match="no pixel of these masks has a class: all are 255"):
+        model.on_validation_epoch_end()
+
+
 def test_ignored_pixels_do_not_train():
     model = task()
     model.log = lambda *_, **__: None

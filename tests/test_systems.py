@@ -169,6 +169,15 @@ def test_evaluation_may_set_anew_how_it_looks(trained, caplog):
         main(["test", *words, "--model.window=0"])
 
 
+def test_options_of_detectors_are_set_anew_one_by_one(trained, capsys):
+    folder = trained("coco/mask_rcnn_shunted_t")
+    words = [f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"]
+    cli = main(["validate", *words, "--model.detector_options={box_score_thresh: 0.999}"])
+    assert cli.model.hparams.detector_options == {**FEW, "box_score_thresh": 0.999}
+    scores = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if "mask_map" in line]
+    assert scores[:2] == ["0.0000", "0.0000"], "nothing found is no 'no such object'"
+
+
 def test_what_is_not_there_has_no_score(trained, capsys):
     folder = trained("coco/retinanet_shunted_t")
     main(["validate", f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"])

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from shunted_lit.files import check_new
+
 NAMES = [str(digit) for digit in range(10)]
 
 
@@ -41,9 +43,3 @@ def write_digits(out: Path) -> None:
         for number, (image, label) in enumerate(zip(images, labels, strict=True)):
             Image.fromarray(image).save(out / split / NAMES[label] / f"{number:04d}.png")
     print(f"{len(splits['train'][0])} training and {len(splits['val'][0])} validation images in {out}")
-
-
-def check_new(out: Path) -> None:
-    """Raises ValueError where `out` is there already and holds something."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; name a new folder")

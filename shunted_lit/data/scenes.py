@@ -9,9 +9,10 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from shunted_lit.data.digits import NAMES, check_new, load_digits
+from shunted_lit.data.digits import NAMES, load_digits
 from shunted_lit.data.segments import run_lengths
 from shunted_lit.data.shapes import SHAPES, background, boxes_of, compose, draw_shape, to_map
+from shunted_lit.files import check_new
 
 SPLITS = ("train", "val")
 Scene = tuple[np.ndarray, np.ndarray, list[int]]  # image, masks, labels: what `compose` returns

@@ -55,7 +55,13 @@ def fault_of_polygons(polygons: list[Any], height: int, width: int, slack: float
         xs, ys = polygon[0::2], polygon[1::2]
         if min(xs) < -slack or min(ys) < -slack or max(xs) > width + slack or max(ys) > height + slack:
             return f"has a polygon that is not within the image of {width} x {height}"
-    return None
+    return None if any(map(area, polygons)) else "has no area"
+
+
+def area(polygon: list[float]) -> float:
+    """By the shoelace formula."""
+    xs, ys = polygon[0::2], polygon[1::2]
+    return abs(sum(x * y2 - x2 * y for x, y, x2, y2 in zip(xs, ys, xs[1:] + xs[:1], ys[1:] + ys[:1], strict=True))) / 2
 
 
 def draw_segment(segment: Segment, height: int, width: int, scale: tuple[float, float] = (1, 1)) -> np.ndarray:

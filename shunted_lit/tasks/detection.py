@@ -161,10 +161,14 @@ class DetectionTask(BaseTask):
         draw_predictions(path, images, truths, predictions, self.class_names)
 
     def _log_mean_ap(self, stage: str) -> None:
+        boxes: dict[str, Tensor] = {}
         for kind, metric in self.mean_ap.items():
             prefix = "mask_" if kind == "segm" else ""
             scores = metric.compute()
             metric.reset()
+            boxes = boxes or scores
             for name in self.MEASURES:
+                if scores[name] == -1 and boxes[name] != -1:  # its word for masks also where nothing was found
+                    scores[name] = boxes[name].new_zeros(())
                 shown = name in self.MEASURES[:2]
                 self.log(f"{stage}/{prefix}{name}", scores[name].float(), prog_bar=shown)

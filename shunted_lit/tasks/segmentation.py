@@ -184,6 +184,8 @@ class SegmentationTask(BaseTask):
         self.confusion.reset()
         hits, pixels = confusion.diag(), confusion.sum(1)
         iou = hits / (pixels + confusion.sum(0) - hits)  # nan where a class is neither there nor predicted
+        if not pixels.any():
+            raise ValueError(f"no pixel of these masks has a class: all are {IGNORED}")
         miou = float(iou.nanmean())
         self.log(f"{stage}/miou", miou, prog_bar=True)
         self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()), prog_bar=True)

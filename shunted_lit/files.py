@@ -1,0 +1,17 @@
+"""Nothing of a user's is overwritten: commands write to new files and folders."""
+
+from pathlib import Path
+
+
+def check_new(out: Path) -> None:
+    """Raises ValueError where `out` is there already and holds something."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not empty; name a new folder")
+
+
+def check_new_file(out: Path, suffix: str) -> None:
+    """Raises ValueError where `out` has another suffix, or is there already."""
+    if out.suffix != suffix:
+        raise ValueError(f"{out}: the name must end in {suffix}")
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it, or name another file")
