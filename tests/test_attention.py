@@ -153,7 +153,7 @@ def test_wrong_words_are_told(words, message):
     [
         (
             "neck",
-            ["--model.neck={depth: 2}", "--model.pyramid_channels=32", "--model.min_size=128", "--model.max_size=160"],
+            ["--model.neck={depth: 2}", "--model.pyramid_channels=32", "--model.max_size=160"],
             1,
         ),
         ("shapes/semantic_fpn", [], 4),

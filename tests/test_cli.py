@@ -309,7 +309,7 @@ def test_wrong_settings_end_in_one_line(args, message):
         (["--model.lr=-1"], "lr is -1"),
         (["--model.min_size=1024"], "min_size is 1024 and max_size 96, but .* raise max_size too"),
         (["--model.min_size=0"], "min_size is 0 and max_size 96, but 1 pixel or more"),
-        (["--model.neck={mlp_ratios: -1}"], "width is -1.0 times 512 channels, but at least 1"),
+        (["--model.neck={mlp_ratios: -1}"], "width is -1 times 512 channels, but at least 1"),
         (["--model.detector=yolo"], "detector is 'yolo'; choose one of"),
         (["--data.train_size=0"], "train_size is 0"),
         (["--model.num_classes=3"], "model.num_classes is 3, but the data have 5 classes; leave it out"),
@@ -323,8 +323,7 @@ def test_wrong_settings_are_told(args, message):
 
 def test_without_a_logger_nothing_of_a_users_is_overwritten():
     Path("config.yaml").write_text("mine: 1")
-    main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false", "--trainer.enable_checkpointing=false",
-          "--checkpoint.save_last=false"])  # fmt: skip
+    main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false"])
     assert Path("config.yaml").read_text() == "mine: 1"
 
 
