@@ -28,6 +28,7 @@ from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
 from shunted_lit.predict import PredictionWriter, of_checkpoint
 from shunted_lit.report import RunReport
+from shunted_lit.study import study
 from shunted_lit.tasks import BaseTask
 from shunted_lit.weights import read_checkpoint
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "digits": write_digits,
     "export": export,
     "scenes": write_scenes,
+    "study": study,
 }
 
 EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in sorted([*COMMANDS, "yolo"]))

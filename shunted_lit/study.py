@@ -1,0 +1,179 @@
+"""Runs of several configs over several seeds, and what came out: a table of mean and spread, and a picture."""
+
+import csv
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from shunted_lit.pictures import read_metrics
+
+Scores = dict[str, float]
+
+
+def study(
+    configs: list[Path],
+    seeds: int = 3,
+    out: Path = Path("study"),
+    options: list[str] = [],  # noqa: B006 - read only
+) -> None:
+    """Train each config by each seed, and compare: a table, results.csv and results.png in a folder.
+
+    Runs are `shunted-lit fit` in processes of their own, one after the other. What is finished is not run again: the
+    same command goes on where it stopped, and more seeds or configs may be added later.
+
+    Args:
+        configs: YAML files, or folders of them, in a list: '[configs/ablations]'. Their names tell the rows.
+        seeds: each config is trained by the seeds 0, 1, ... up to this number.
+        out: folder of the runs, a folder each, and of the results.
+        options: further words for all of them, such as '["--trainer.max_time=00:00:05:00"]' for equal time.
+
+    Raises:
+        ValueError: no config, two of one name, a number below 1, a run that failed, and a folder of a run that was made
+            by another config or other options.
+    """
+    files = [file for path in configs for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
+    if not files:
+        told = ", ".join(map(str, configs)) or "an empty list"
+        raise ValueError(f"there is no config in {told}; name YAML files or folders of them")
+    if missing := [file for file in files if not file.is_file()]:
+        raise ValueError(f"{missing[0]}: no such config")
+    names = [file.stem for file in files]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"two configs are called {repeated[0]}; their names tell rows and folders, so rename one")
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}, but 1 is the least")
+    planned = [Run(file, seed, out / file.stem / f"seed_{seed}", options) for file in files for seed in range(seeds)]
+    for run in planned:
+        run.check()
+    console = Console()
+    results: dict[str, list[Scores]] = {name: [] for name in names}
+    for number, run in enumerate(planned, 1):
+        if not run.done.is_file():
+            console.print(f"{number} of {len(planned)}: {run.config.stem}, seed {run.seed}", highlight=False)
+            run.train()
+        results[run.config.stem].append(json.loads(run.done.read_text(encoding="utf-8")))
+    table = summary(results)
+    write_table(out / "results.csv", table)
+    draw_results(out / "results.png", results)
+    console.print(rich_table(table, seeds))
+    console.print(f"{out / 'results.csv'}, {out / 'results.png'}", soft_wrap=True, highlight=False)
+
+
+class Run:
+    """One training: a config and a seed, in a folder of its own.
+
+    Args:
+        config: the YAML.
+        seed: for all random numbers.
+        folder: of the run; `done.json` in it holds its scores once it is finished.
+        options: further words of the command line.
+    """
+
+    def __init__(self, config: Path, seed: int, folder: Path, options: Sequence[str]):
+        self.config, self.seed, self.folder, self.options = config, seed, folder, list(options)
+        self.done, self.origin = folder / "done.json", folder / "origin.json"
+
+    def made_by(self) -> dict[str, Any]:
+        return {"config": self.config.read_text(encoding="utf-8"), "options": self.options}
+
+    def check(self) -> None:
+        """Raises ValueError where the folder holds something else."""
+        if not self.folder.exists():
+            return
+        if not self.origin.is_file():
+            raise ValueError(f"{self.folder}: holds no run of a study; name another folder by --out")
+        if json.loads(self.origin.read_text(encoding="utf-8")) != self.made_by():
+            raise ValueError(
+                f"{self.folder}: was made by another content of {self.config.name} or by other options; name another "
+                "folder by --out, or remove it"
+            )
+
+    def train(self) -> None:
+        """Runs it from its start; one that was cut off is begun anew."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.origin.write_text(json.dumps(self.made_by()), encoding="utf-8")
+        command = [sys.executable, "-m", "shunted_lit", "fit", f"--config={self.config}", *self.options,
+                   f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder}"]  # fmt: skip
+        began = time.monotonic()
+        with (self.folder / "log.txt").open("w", encoding="utf-8") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        metrics = self.folder / "version_0/metrics.csv"
+        if code or not metrics.is_file():
+            lines = (self.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+            raise ValueError(
+                f"{self.config}, seed {self.seed}: training failed: {lines[-1] if lines else 'without a word'}; "
+                f"all of it is in {self.folder / 'log.txt'}"
+            )
+        best = {name: max(values) for name, (_, values) in read_metrics(metrics).items() if name.startswith("val/")}
+        scores = {name: score for name, score in best.items() if score != -1}  # torchmetrics: no such object
+        self.done.write_text(json.dumps({**scores, "minutes": (time.monotonic() - began) / 60}), encoding="utf-8")
+
+
+def summary(results: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
+    """A row a config: the mean of each score over the seeds, and its sample standard deviation, 0 for one seed."""
+    rows = []
+    for name, runs in results.items():
+        row: dict[str, Any] = {"config": name, "runs": len(runs)}
+        for score in runs[0]:
+            values = [run[score] for run in runs if score in run]
+            row[score] = statistics.fmean(values)
+            row[f"{score} std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+        rows.append(row)
+    return rows
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    heads = list(dict.fromkeys(head for row in rows for head in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, heads)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the scores, in order."""
+    heads = dict.fromkeys(head for row in rows for head in row)
+    return [head for head in heads if head not in ("config", "runs") and not head.endswith(" std")]
+
+
+def rich_table(rows: Sequence[Mapping[str, Any]], seeds: int) -> Table:
+    title = f"best of a run, mean and standard deviation over {seeds} seeds"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("")
+    names = scores_of(rows)
+    for name in names:
+        table.add_column(name.removeprefix("val/"), justify="right")
+    for row in rows:
+        cells = (f"{row[name]:.3f} ± {row[f'{name} std']:.3f}" if name in row else "" for name in names)
+        table.add_row(str(row["config"]), *cells)
+    return table
+
+
+def draw_results(path: Path, results: Mapping[str, Sequence[Scores]]) -> None:
+    """A panel a score: a point a run, and a line at the mean."""
+    names = [name for name in scores_of(summary(results)) if name != "minutes"]
+    height = 0.35 * len(results) + 1
+    figure = Figure(figsize=(1.5 + 2.4 * len(names), height), layout="constrained", dpi=120)
+    for number, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
+        for place, runs in enumerate(results.values()):
+            values = [run[name] for run in runs if name in run]
+            axes.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
+            if values:
+                axes.plot([statistics.fmean(values)] * 2, [place - 0.3, place + 0.3], color="C3")
+        axes.set_yticks(range(len(results)), results if number == 0 else [""] * len(results))
+        axes.invert_yaxis()
+        axes.set_title(name.removeprefix("val/"), fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.savefig(path)

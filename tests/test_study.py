@@ -1,0 +1,113 @@
+"""Studies: what they run, what they make of it, and that nothing is run twice or mixed up."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from shunted_lit import study as module
+from shunted_lit.cli import main
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--data.train_size=8", "--data.val_size=4", "--data.size=64", "--data.batch_size=4", "--data.num_workers=0",
+        "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--model.min_size=64"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("configs").mkdir()
+    content = yaml.safe_load((ROOT / "configs/neck.yaml").read_text())
+    content["model"]["init_args"]["neck"] = {"depth": 1, "mlp_ratios": 1}
+    Path("configs/with.yaml").write_text(yaml.safe_dump(content))
+    content["model"]["init_args"]["neck"] = None
+    Path("configs/without.yaml").write_text(yaml.safe_dump(content))
+
+
+def run(*words):
+    main(["study", "[configs]", f"--options={json.dumps(TINY)}", *words])
+
+
+def rows(path="study/results.csv"):
+    with Path(path).open(newline="") as file:
+        return {row["config"]: row for row in csv.DictReader(file)}
+
+
+def test_a_study_and_its_continuation(monkeypatch, capsys):
+    trained = []
+    train = module.Run.train
+    monkeypatch.setattr(module.Run, "train", lambda self: trained.append((self.config.stem, self.seed)) or train(self))
+    run("--seeds=1")
+    assert trained == [("with", 0), ("without", 0)]
+    run("--seeds=2")
+    assert trained[2:] == [("with", 1), ("without", 1)], "what is finished is not run again"
+    found = rows()
+    assert set(found) == {"with", "without"}
+    for name, row in found.items():
+        seeds = [json.loads(Path(f"study/{name}/seed_{seed}/done.json").read_text()) for seed in (0, 1)]
+        minutes = [scores["minutes"] for scores in seeds]
+        assert float(row["minutes"]) == pytest.approx(statistics.mean(minutes))
+        assert float(row["minutes std"]) == pytest.approx(statistics.stdev(minutes))
+        assert "val/map" in row
+    config = yaml.safe_load(Path("study/with/seed_1/version_0/config.yaml").read_text())
+    assert (config["seed_everything"], config["data"]["init_args"]["train_size"]) == (1, 8)
+    with Image.open("study/results.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24)) > 20
+    told = capsys.readouterr().out
+    assert "over 2 seeds" in told
+    assert "results.csv" in told
+    Path("study/with/seed_1/done.json").unlink()  # as if cut off
+    run("--seeds=2")
+    assert trained[4:] == [("with", 1)]
+
+
+def test_summary_is_mean_and_deviation():
+    found = module.summary({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0}], "b": [{"x": 5.0}]})
+    assert found == [
+        {"config": "a", "runs": 2, "x": 2.0, "x std": pytest.approx(2**0.5), "y": 2.0, "y std": 0.0},
+        {"config": "b", "runs": 1, "x": 5.0, "x std": 0.0},
+    ]
+    assert module.scores_of(found) == ["x", "y"]
+
+
+def test_runs_of_another_kind_are_not_mixed_in(monkeypatch):
+    monkeypatch.setattr(module.Run, "train", lambda self: finish(self))
+
+    def finish(some):
+        some.folder.mkdir(parents=True)
+        some.origin.write_text(json.dumps(some.made_by()))
+        some.done.write_text(json.dumps({"val/map": 0.5}))
+
+    run("--seeds=1")
+    before = Path("study/with/seed_0/done.json").read_text()
+    Path("configs/with.yaml").write_text("other: 1")
+    with pytest.raises(ValueError, match=r"with/seed_0: was made by another content of with\.yaml or by other options"):
+        run("--seeds=1")
+    with pytest.raises(ValueError, match="was made by another content"):
+        main(["study", "[configs/without.yaml]", "--seeds=1"])
+    assert Path("study/with/seed_0/done.json").read_text() == before
+    Path("study/without/seed_1").mkdir()
+    with pytest.raises(ValueError, match="seed_1: holds no run of a study"):
+        main(["study", "[configs/without.yaml]", "--seeds=2", f"--options={json.dumps(TINY)}"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["[]"], "no config in an empty list"),
+        (["[none.yaml]"], r"none\.yaml: no such config"),
+        (["[empty]"], "no config in empty; name YAML files or folders"),
+        (["[configs, configs/with.yaml]"], "two configs are called with"),
+        (["[configs]", "--seeds=0"], "seeds is 0"),
+        (["[configs/with.yaml]", "--seeds=1", "--options=[--model.lr=-1]"], r"training failed: .*log\.txt"),
+    ],
+)
+def test_what_does_not_fit_is_told(words, message):
+    Path("empty").mkdir()
+    with pytest.raises(ValueError, match=message):
+        main(["study", *words])
+    assert not list(Path().rglob("done.json"))
