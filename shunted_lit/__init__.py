@@ -1,5 +1,6 @@
 """Shunted Transformer (CVPR 2022): the neck, the backbones, and their training with PyTorch Lightning."""
 
+from shunted_lit import ablations  # noqa: F401 - makes their names known
 from shunted_lit.shunted import (
     DetailSpecificFeedForward,
     ShuntedBackbone,

@@ -66,11 +66,13 @@ def neck_parts(neck: ShuntedTransformer) -> Exportable:
         attention: Any = cast(Any, neck.block[0]).attn
         heads = {"num_heads": attention.num_heads, "qk_scale": attention.groups[0].scale}
         out.mkdir(parents=True, exist_ok=True)
-        save_file(weights, out / "model.safetensors", {"neck": json.dumps({**neck_keywords(weights), **heads})})
+        known = {**neck_keywords(weights), **heads, **neck.parts, "ratios": ratios}
+        save_file(weights, out / "model.safetensors", {"neck": json.dumps(known)})
 
     cin = neck.cin
     note = f"features (B, {cin}, H, W) -> output (B, {cin}, H, W)"
-    ratios = neck_keywords(neck.state_dict())["ratios"]
+    groups: Any = cast(Any, neck.block[0]).attn.groups
+    ratios = [getattr(group, "ratio", 1) for group in groups]
     return Exportable(neck, cin, ("output",), ((40, 40), (13, 21), (20, 9)), note, stride=max(ratios), save=save)
 
 

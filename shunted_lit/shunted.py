@@ -17,7 +17,7 @@ columns; any tuple of ratios works, where theirs knows three pairs; attention ma
 
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any, cast
@@ -198,14 +198,14 @@ class ShuntedHeads(PlainHeads):
     """Heads of one granularity (Sec. 3.1.1): r x r tokens are merged into one before keys and values (MTA, Eq. 2)."""
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, ratio: int, qkv_bias: bool, scale: float,
-                 attn_drop: float, **dd):  # fmt: skip
+                 attn_drop: float, aggregation: str, **dd):  # fmt: skip
         super().__init__(dim, num_heads, head_dim, qkv_bias, scale, attn_drop, **dd)
         self.ratio = ratio
-        self.sr = nn.Conv2d(dim, dim, ratio, ratio, **dd)
+        self.sr = AGGREGATIONS[aggregation](dim, ratio, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def aggregate(self, x: Tensor, size: Size) -> Tensor:
-        """The convolution of MTA(.; r): tokens (B, H * W, C) -> an image (B, C, ceil(H / r), ceil(W / r))."""
+        """MTA(.; r) but for norm and GELU: tokens (B, H * W, C) -> an image (B, C, ceil(H / r), ceil(W / r))."""
         return self.sr(pad_to_multiple(to_image(x, size), self.ratio))
 
     def keys_and_values(self, merged: Tensor) -> Tensor:
@@ -226,6 +226,22 @@ class ShuntedHeads(PlainHeads):
         return self.attend(q, k, v + self.enhance(v, (image.shape[2], image.shape[3])))
 
 
+def convolution_of_patches(dim: int, ratio: int, **dd: Any) -> nn.Module:
+    """The paper's aggregation: a convolution whose stride is its kernel."""
+    return nn.Conv2d(dim, dim, ratio, ratio, **dd)
+
+
+# What may stand in a network by name; `shunted_lit.ablations` adds what the paper compares these with.
+AGGREGATIONS: dict[str, Callable[..., nn.Module]] = {"conv": convolution_of_patches}
+# Heads of a granularity, and those of plain attention.
+LOCAL_ENHANCEMENTS: dict[str, tuple[type[ShuntedHeads], type[PlainHeads]]] = {"before": (ShuntedHeads, PlainHeads)}
+
+
+def check_part(what: str, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise ValueError(f"{what} is {name!r}; choose one of {', '.join(sorted(known))}")
+
+
 class ShuntedSelfAttention(nn.Module):
     """Shunted self-attention (Sec. 3.1.1): heads in equal groups, each seeing the tokens at its own granularity.
 
@@ -236,16 +252,21 @@ class ShuntedSelfAttention(nn.Module):
         qkv_bias: whether queries, keys and values have a bias.
         qk_scale: factor on the products of queries and keys; head_dim ** -0.5 by default.
         attn_drop, proj_drop: dropout on attention weights and after the output projection.
+        aggregation: how r x r tokens are merged, of `AGGREGATIONS`.
+        local_enhancement: where values meet their neighbours, of `LOCAL_ENHANCEMENTS`.
         dd: `device` and `dtype` of the parameters.
 
     Raises:
-        ValueError: `dim`, `num_heads` and `ratios` that do not divide, a ratio below 1.
+        ValueError: `dim`, `num_heads` and `ratios` that do not divide, a ratio below 1, a part that is not known.
     """
 
     def __init__(self, dim: int, num_heads: int, ratios: Sequence[int] = (2, 1), qkv_bias: bool = True,
-                 qk_scale: float | None = None, attn_drop: float = 0.0, proj_drop: float = 0.0, **dd):  # fmt: skip
+                 qk_scale: float | None = None, attn_drop: float = 0.0, proj_drop: float = 0.0,
+                 aggregation: str = "conv", local_enhancement: str = "before", **dd):  # fmt: skip
         super().__init__()
         ratios = granularities(ratios)
+        check_part("aggregation", aggregation, AGGREGATIONS)
+        check_part("local_enhancement", local_enhancement, LOCAL_ENHANCEMENTS)
         if not 0 <= attn_drop <= 1:
             raise ValueError(f"dropout on attention is {attn_drop}, but 0 to 1 is needed")
         if dim < 1 or num_heads < 1 or dim % num_heads:
@@ -259,10 +280,11 @@ class ShuntedSelfAttention(nn.Module):
         head_dim, heads = dim // num_heads, num_heads // len(ratios)
         scale = qk_scale or head_dim**-0.5
         self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        shunted, plain = LOCAL_ENHANCEMENTS[local_enhancement]
         if ratios == (1,):
-            groups: list[nn.Module] = [PlainHeads(dim, heads, head_dim, qkv_bias, scale, attn_drop, **dd)]
+            groups: list[nn.Module] = [plain(dim, heads, head_dim, qkv_bias, scale, attn_drop, **dd)]
         else:
-            groups = [ShuntedHeads(dim, heads, head_dim, r, qkv_bias, scale, attn_drop, **dd) for r in ratios]
+            groups = [shunted(dim, heads, head_dim, r, qkv_bias, scale, attn_drop, aggregation, **dd) for r in ratios]
         self.groups = nn.ModuleList(groups)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -305,19 +327,24 @@ class DetailSpecificFeedForward(nn.Module):
         return self.fc2(self.drop(x))
 
 
+FEED_FORWARDS: dict[str, Callable[..., nn.Module]] = {"detail": DetailSpecificFeedForward}
+
+
 class Block(nn.Module):
     """Transformer block (Sec. 3.1): x + SSA(LN(x)), then x + FFN(LN(x)), each with stochastic depth."""
 
     def __init__(self, dim: int, norm_layer: Callable[..., nn.Module], num_heads: int, ratios: Sequence[int],
                  mlp_ratio: float, qkv_bias: bool, qk_scale: float | None, drop: float, attn_drop: float,
-                 drop_path: float, **dd):  # fmt: skip
+                 drop_path: float, aggregation: str, local_enhancement: str, feed_forward: str, **dd):  # fmt: skip
         super().__init__()
+        check_part("feed_forward", feed_forward, FEED_FORWARDS)
+        parts = {"aggregation": aggregation, "local_enhancement": local_enhancement}
         self.norm1 = norm_layer(dim)
-        self.attn = ShuntedSelfAttention(dim, num_heads, ratios, qkv_bias, qk_scale, attn_drop, drop, **dd)
+        self.attn = ShuntedSelfAttention(dim, num_heads, ratios, qkv_bias, qk_scale, attn_drop, drop, **parts, **dd)
         self.norm2 = norm_layer(dim)
         if int(dim * mlp_ratio) < 1:
             raise ValueError(f"the feed-forward's width is {mlp_ratio} times {dim} channels, but at least 1 is needed")
-        self.mlp = DetailSpecificFeedForward(dim, int(dim * mlp_ratio), drop, **dd)
+        self.mlp = FEED_FORWARDS[feed_forward](dim, int(dim * mlp_ratio), drop, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
@@ -356,6 +383,8 @@ class StemProjection(nn.Conv2d):
 class Stem(nn.Module):
     """Patch embedding of stage 1 (Sec. 3.2): 7x7 stride 2, `num_conv` more of 3x3 (by model size), 2x2 stride 2."""
 
+    stride = 4
+
     def __init__(self, in_chans: int, dim: int, num_conv: int, **dd):
         super().__init__()
         layers: list[nn.Module] = []
@@ -373,6 +402,9 @@ class Stem(nn.Module):
         """(B, in_chans, H, W) -> tokens (B, h * w, dim) and their size, ceil(H / 4) and ceil(W / 4)."""
         x = self.conv(x)
         return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
+
+
+STEMS: dict[str, Any] = {"shunted": Stem}
 
 
 class Stage(nn.Module):
@@ -448,6 +480,8 @@ class ShuntedTransformer(SourceWeights, Stage):
         sr_ratios: the source's shorthand for the ratios: 8 is (8, 4), 4 is (4, 2), 2 is (2, 1), 1 plain attention.
             A tuple is taken as `ratios`.
         ratios: r_i of each head group, any number of them; instead of `sr_ratios`.
+        aggregation, local_enhancement, feed_forward: parts of its blocks by name, for comparisons; the source's are
+            "conv", "before" and "detail", and `shunted_lit.ablations` tells the others.
         layer_scale: not in the source. A number returns x + gamma * neck(x), gamma one factor a channel that starts
             at this number (CaiT's LayerScale). With 0 a trained detector keeps its outputs until training moves them:
             the first step trains gamma alone, from the second the whole neck has a gradient. None is the source.
@@ -464,16 +498,19 @@ class ShuntedTransformer(SourceWeights, Stage):
                  qkv_bias: bool = True, qk_scale: float | None = None, drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
                  norm_layer: Callable[..., nn.Module] = nn.LayerNorm, sr_ratios: int | Sequence[int] = 2, *,
-                 ratios: Sequence[int] | None = None, layer_scale: float | None = None,
+                 ratios: Sequence[int] | None = None, aggregation: str = "conv", local_enhancement: str = "before",
+                 feed_forward: str = "detail", layer_scale: float | None = None,
                  device=None, dtype=None):  # fmt: skip
         dd = factory_keywords(device, dtype)
+        parts = {"aggregation": aggregation, "local_enhancement": local_enhancement, "feed_forward": feed_forward}
         ratios = granularities(sr_ratios if ratios is None else ratios)
         block: dict[str, Any] = dict(
             num_heads=num_heads, ratios=ratios, mlp_ratio=mlp_ratios, qkv_bias=qkv_bias, qk_scale=qk_scale
         )
-        block.update(drop=drop_rate, attn_drop=attn_drop_rate)
+        block.update(drop=drop_rate, attn_drop=attn_drop_rate, **parts)
         rates, embed = drop_path_rates(drop_path_rate, depth), PatchEmbed(cin, cin, stride=1, **dd)
         super().__init__(cin, embed, cin, partial(norm_layer, **dd), rates, **block, **dd)
+        self.parts = parts
         if layer_scale is not None:
             self.layer_scale = LayerScale2d(cin, layer_scale, **dd)
         self.apply(init_weights)
@@ -505,8 +542,9 @@ class ShuntedTransformer(SourceWeights, Stage):
                 f"{path} holds necks on the levels {sorted(found)}, and level is {level}; name one of them"
             )
         weights = {name.removeprefix(found[key]): v for name, v in weights.items() if name.startswith(found[key])}
-        trained = content.get("hyper_parameters", {}).get("neck") or {}
-        neck = cls(**{**neck_keywords(weights), **trained, **keywords})
+        known, trained = neck_keywords(weights), content.get("hyper_parameters", {}).get("neck")
+        known = known if trained is None else {"cin": known["cin"], **trained}  # only parts of the source are read off
+        neck = cls(**{**known, **keywords})
         neck.load_state_dict(weights)
         return neck.eval()
 
@@ -542,10 +580,13 @@ class ShuntedBackbone(SourceWeights):
         proj_drop_rate: dropout after each projection.
         attn_drop_rate: dropout on attention weights.
         drop_path_rate: stochastic depth, rising from 0 at the first block to this rate at the last of all stages.
+        stem, aggregation, local_enhancement, feed_forward: parts by name, for the paper's comparisons; the authors' are
+            "shunted", "conv", "before" and "detail", and `shunted_lit.ablations` tells the others.
         norm_layer: norms of blocks and stages.
 
     Shape:
-        (B, in_chans, H, W) -> (B, num_classes), H and W from 1 up. Stage i has ceil(H / 2 ** (i + 1)) rows.
+        (B, in_chans, H, W) -> (B, num_classes), H and W from 1 up. Stage i has ceil(H / 2 ** (i + 1)) rows, or a
+        quarter of that with the stem "patch16".
 
     Raises:
         ValueError: entries a stage of unequal number, numbers that do not divide, an unknown pooling; in `forward`,
@@ -558,8 +599,11 @@ class ShuntedBackbone(SourceWeights):
                  ratios: Sequence[int | Sequence[int]] = ((8, 4), (4, 2), (2, 1), (1,)), num_conv: int = 0,
                  qkv_bias: bool = True, drop_rate: float = 0.0, proj_drop_rate: float = 0.0,
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
+                 stem: str = "shunted", aggregation: str = "conv", local_enhancement: str = "before",
+                 feed_forward: str = "detail",
                  norm_layer: Callable[..., nn.Module] = LAYER_NORM, device=None, dtype=None):  # fmt: skip
         super().__init__()
+        check_part("stem", stem, STEMS)
         counts = [len(entries) for entries in (dims, depths, num_heads, mlp_ratios, ratios)]
         if len(set(counts)) > 1:
             raise ValueError(
@@ -571,19 +615,21 @@ class ShuntedBackbone(SourceWeights):
             )
         dd = factory_keywords(device, dtype)
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.feature_info = []
+        self.feature_info: list[dict[str, Any]] = []
         drop_path = iter(drop_path_rates(drop_path_rate, sum(depths)))
-        stages = []
+        stages, reduction = [], 0
         for i, dim in enumerate(dims):
             cin = dims[i - 1] if i else in_chans
-            embed = PatchEmbed(cin, dim, stride=2, **dd) if i else Stem(cin, dim, num_conv, **dd)
+            embed = PatchEmbed(cin, dim, stride=2, **dd) if i else STEMS[stem](cin, dim, num_conv, **dd)
+            reduction = 2 * reduction if i else STEMS[stem].stride
             block: dict[str, Any] = dict(
                 num_heads=num_heads[i], ratios=granularities(ratios[i]), mlp_ratio=mlp_ratios[i]
             )
             block.update(qkv_bias=qkv_bias, qk_scale=None, drop=proj_drop_rate, attn_drop=attn_drop_rate)
+            block.update(aggregation=aggregation, local_enhancement=local_enhancement, feed_forward=feed_forward)
             rates = [next(drop_path) for _ in range(depths[i])]
             stages.append(Stage(cin, embed, dim, partial(norm_layer, **dd), rates, **block, **dd))
-            self.feature_info.append({"num_chs": dim, "reduction": 2 ** (i + 2), "module": f"stages.{i}"})
+            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = dims[-1]
         self._check_pool(global_pool)
