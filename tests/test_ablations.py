@@ -145,7 +145,7 @@ def test_unknown_names_list_the_known_ones(keywords, message):
 def test_configs_train_what_their_names_say(path):
     cli = main([
         "fit", f"--config={path}", "--data.train_size=4", "--data.val_size=2", "--data.batch_size=2",
-        "--data.num_workers=0", "--trainer.max_steps=1", "--trainer.accelerator=cpu", "--model.pyramid_channels=32",
+        "--data.num_workers=0", "--trainer.max_steps=1", "--trainer.accelerator=cpu",
     ])  # fmt: skip
     options = cli.model.hparams["backbone_options"] or {}
     (part, name), = options.items() if options else [("paper", "")]  # fmt: skip
