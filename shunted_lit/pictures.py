@@ -96,7 +96,7 @@ def draw_boxes(axes: Axes, image: Tensor, target: dict[str, Any]) -> None:
         x1, y1, x2, y2 = box
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, linewidth=1.2, edgecolor=class_colour(label)))
         if "scores" in target:
-            axes.text(x1, y1 - 1, f"{target['scores'][i]:.2f}", fontsize=5, color=class_colour(label))
+            axes.text(x1, y1 - 1, f"{target['scores'][i]:.2f}", fontsize=7, color=class_colour(label))
 
 
 def draw_pairs(

@@ -86,6 +86,22 @@ def test_scenes_hold_small_and_large_objects_of_every_class():
     assert set(torch.cat([target["labels"] for target in targets]).tolist()) == set(range(module.num_classes))
 
 
+def test_in_related_scenes_the_large_shape_tells_what_the_discs_are():
+    module = ShapesDataModule(size=96, scenes="related", max_objects=6, annotation="masks", **STILL)
+    module.setup("fit")
+    found = set()
+    for index in range(60):
+        _, target = module.datasets["train"][index]
+        widths = (target["boxes"][:, 2:] - target["boxes"][:, :2]).amax(1)
+        assert widths[0] >= 96 // 3 - 3
+        assert (widths[1:] <= 96 // 6 + 1).all()
+        assert (target["labels"] == target["labels"][0]).all()
+        found.add((int(target["labels"][0]), len(widths) > 1))
+        for mask, width in zip(target["masks"][1:], widths[1:], strict=True):
+            assert mask.sum() > 0.6 * width**2, "a disc, whatever its class"
+    assert {label for label, more in found if more} == set(range(5))
+
+
 def test_scenes_follow_their_seed_and_splits_share_none():
     def first(split, seed):
         module = ShapesDataModule(seed=seed, **STILL)
@@ -104,6 +120,7 @@ def test_scenes_follow_their_seed_and_splits_share_none():
         ({"train_size": 0}, "train_size is 0"),
         ({"min_extent": 65}, "min_extent is 65, but 1 to half the size, 64"),
         ({"size": 0}, "min_extent is 6"),
+        ({"scenes": "far"}, "scenes are 'far'; choose one of plain, related"),
     ],
 )
 def test_wrong_scenes_are_told(keywords, message):

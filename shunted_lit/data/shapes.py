@@ -109,6 +109,27 @@ def draw_shape(rng: np.random.Generator, extent: int) -> tuple[np.ndarray, int]:
     return outline_alpha(rng, list(SHAPES.values())[label], extent), label
 
 
+def related_shapes(size: int) -> Callable[[np.random.Generator, int], tuple[np.ndarray, int]]:
+    """For one scene: a large shape first, then discs, alike in every scene, whose class is that of the large shape."""
+    key: list[int] = []
+
+    def draw(rng: np.random.Generator, extent: int) -> tuple[np.ndarray, int]:
+        if not key:
+            alpha, label = draw_shape(rng, max(extent, size // 3))
+            key.append(label)
+            return alpha, label
+        return outline_alpha(rng, SHAPES["circle"], min(extent, max(size // 6, 1))), key[0]
+
+    return draw
+
+
+# What draws the objects of a scene, by name; made anew for each.
+SCENES: dict[str, Callable[[int], Callable[[np.random.Generator, int], tuple[np.ndarray, int]]]] = {
+    "plain": lambda size: draw_shape,
+    "related": related_shapes,
+}
+
+
 def boxes_of(masks: np.ndarray) -> list[tuple[int, int, int, int]]:
     """x1 y1 x2 y2 around each of the masks (n, H, W)."""
     boxes = []
@@ -143,7 +164,8 @@ class ShapesDataset(Dataset[Any]):
     """`length` scenes; scene i of a split and seed is always the same. For the arguments see `ShapesDataModule`."""
 
     def __init__(self, split: str, length: int, seed: int, size: int, min_extent: int, max_objects: int,
-                 annotation: str, transform: Callable[..., Any]):  # fmt: skip
+                 annotation: str, transform: Callable[..., Any], scenes: str = "plain"):  # fmt: skip
+        self.scenes = SCENES[scenes]
         self.entropy = [seed, ("train", "val").index(split)]
         self.length, self.size, self.min_extent, self.max_objects = length, size, min_extent, max_objects
         self.annotation, self.transform = annotation, transform
@@ -155,7 +177,8 @@ class ShapesDataset(Dataset[Any]):
         if not 0 <= index < self.length:
             raise IndexError(index)
         rng = np.random.default_rng([*self.entropy, index])
-        scene = compose(rng, background(rng, self.size), self.min_extent, self.size / 2, self.max_objects, draw_shape)
+        draw = self.scenes(self.size)
+        scene = compose(rng, background(rng, self.size), self.min_extent, self.size / 2, self.max_objects, draw)
         if self.annotation == "map":
             return self.transform(*to_map(*scene))
         image, target = to_sample(*scene, image_id=index)
@@ -174,6 +197,8 @@ class ShapesDataModule(DetectionDataModule):
         size: height and width in pixels.
         min_extent: longer side of the smallest objects, in pixels.
         max_objects: objects a scene, at most.
+        scenes: "plain", or "related": one large shape, and discs whose class is that of the large shape, so that what
+            a small object is can't be seen from itself.
         seed: other seed, other scenes.
         batch_size, num_workers, flip, distort: as in `DetectionDataModule`.
         crop: as there; for boxes and masks.
@@ -194,6 +219,7 @@ class ShapesDataModule(DetectionDataModule):
         size: int = 128,
         min_extent: int = 6,
         max_objects: int = 8,
+        scenes: str = "plain",
         seed: int = 0,
         batch_size: int = 16,
         num_workers: int = 2,
@@ -207,6 +233,8 @@ class ShapesDataModule(DetectionDataModule):
         for name, value in {"train_size": train_size, "val_size": val_size, "max_objects": max_objects}.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}, but at least 1 is needed")
+        if scenes not in SCENES:
+            raise ValueError(f"scenes are {scenes!r}; choose one of {', '.join(sorted(SCENES))}")
         if seed < 0:
             raise ValueError(f"seed is {seed}, but at least 0 is needed")
         if not 1 <= min_extent <= size // 2:
@@ -224,6 +252,7 @@ class ShapesDataModule(DetectionDataModule):
             self.collate_fn = None  # images (B, 3, size, size), uint8, and labels (B,)
             min_extent, max_objects = max(min_extent, size // 4), 1
         self.scene = (seed, size, min_extent, max_objects, self.annotation)
+        self.scenes = scenes
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
-        return ShapesDataset(split, self.lengths[split], *self.scene, transform=transform)
+        return ShapesDataset(split, self.lengths[split], *self.scene, transform=transform, scenes=self.scenes)
