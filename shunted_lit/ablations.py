@@ -21,7 +21,7 @@ from shunted_lit.shunted import (
     PlainHeads,
     ShuntedHeads,
     Size,
-    to_image,
+    pad_to_multiple,
     to_tokens,
 )
 
@@ -41,39 +41,31 @@ class LinearAggregation(nn.Module):
         return self.linear(patches.transpose(3, 4).flatten(4)).squeeze(4)
 
 
-class HeadsWithout(ShuntedHeads):
-    """Heads of one granularity without local enhancement."""
-
-    def __init__(self, *args, **keywords):
-        super().__init__(*args, **keywords)
-        del self.local_conv
+class Unenhanced(PlainHeads):
+    """Heads whose values do not meet their neighbours."""
 
     def enhance(self, v: Tensor, size: Size) -> Tensor:
         return v.new_zeros(())
 
 
-class PlainHeadsWithout(PlainHeads):
+class PlainHeadsWithout(Unenhanced):
     """Plain attention without local enhancement."""
 
     def __init__(self, *args, **keywords):
         super().__init__(*args, **keywords)
         del self.local_conv
 
-    def enhance(self, v: Tensor, size: Size) -> Tensor:
-        return v.new_zeros(())
+
+class HeadsWithout(PlainHeadsWithout, ShuntedHeads):
+    """Heads of one granularity without local enhancement."""
 
 
-class HeadsEnhancedAfter(HeadsWithout):
+class HeadsEnhancedAfter(Unenhanced, ShuntedHeads):
     """Heads of one granularity, and the depthwise convolution of what they return, at the resolution of the queries."""
-
-    def __init__(self, dim: int, num_heads: int, head_dim: int, *args, **keywords):
-        super().__init__(dim, num_heads, head_dim, *args, **keywords)
-        width, dd = num_heads * head_dim, {key: keywords[key] for key in ("device", "dtype") if key in keywords}
-        self.local_conv = nn.Conv2d(width, width, 3, padding=1, groups=width, **dd)
 
     def forward(self, q: Tensor, x: Tensor, size: Size) -> Tensor:
         out = super().forward(q, x, size)
-        return out + to_tokens(self.local_conv(to_image(out, size)))
+        return out + PlainHeads.enhance(self, out, size)
 
 
 class FeedForward(nn.Module):
@@ -103,8 +95,7 @@ class PatchStem(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
         """(B, in_chans, H, W) -> tokens (B, h * w, dim) and their size, ceil(H / stride) and ceil(W / stride)."""
-        H, W = x.shape[2:]
-        x = self.proj(F.pad(x, [0, -W % self.stride, 0, -H % self.stride]))
+        x = self.proj(pad_to_multiple(x, self.stride))
         return self.norm(to_tokens(x)), (x.shape[2], x.shape[3])
 
 

@@ -46,6 +46,11 @@ class AttentionMap:
     weights: Tensor
 
 
+def heads_of(model: nn.Module) -> dict[str, PlainHeads]:
+    """The groups of heads in a network, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PlainHeads)}
+
+
 @contextmanager
 def record_attention(model: nn.Module, point: Point, size: Size) -> Iterator[list[AttentionMap]]:
     """Inside, each run of `model` adds an `AttentionMap` for each group of heads that it goes through, in order.
@@ -58,7 +63,7 @@ def record_attention(model: nn.Module, point: Point, size: Size) -> Iterator[lis
         point: x and y in pixels of its input.
         size: height and width of its input, in pixels.
     """
-    groups = {name: module for name, module in model.named_modules() if isinstance(module, PlainHeads)}
+    groups = heads_of(model)
     maps: list[AttentionMap] = []
     sizes: dict[str, Size] = {}
 
@@ -67,7 +72,7 @@ def record_attention(model: nn.Module, point: Point, size: Size) -> Iterator[lis
 
     def attend(name: str, heads: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         H, W = sizes[name]
-        ratio, stride = getattr(heads, "ratio", 1), stride_of(size, (H, W))
+        ratio, stride = heads.ratio, stride_of(size, (H, W))
         column, row = min(int(point[0] // stride), W - 1), min(int(point[1] // stride), H - 1)
         asks = split_heads(q[:, row * W + column, None], heads.num_heads)
         products = (asks @ split_heads(k, heads.num_heads).transpose(-2, -1)).float() * heads.scale
@@ -103,7 +108,7 @@ def attention_maps(model: nn.Module, x: Tensor, point: Point) -> list[AttentionM
     """
     H, W = x.shape[-2:]
     check_point(point, W, H)
-    if not any(isinstance(module, PlainHeads) for module in model.modules()):
+    if not heads_of(model):
         raise ValueError(
             f"{type(model).__name__} has no shunted attention in it: neither a neck nor a shunted backbone"
         )
@@ -198,7 +203,7 @@ def attention_costs(model: nn.Module, x: Tensor) -> list[AttentionCost]:
 
     def note(name: str, heads: Any, inputs: tuple[Tensor, Tensor, Size]) -> None:
         q, tokens, (H, W) = inputs
-        ratio, width, dim = getattr(heads, "ratio", 1), q.shape[-1], tokens.shape[-1]
+        ratio, width, dim = heads.ratio, q.shape[-1], tokens.shape[-1]
         keys = -(-H // ratio) * -(-W // ratio)
         aggregation = 2 * keys * dim * dim * ratio**2 if isinstance(heads, ShuntedHeads) else 0
         flops = {
@@ -208,8 +213,7 @@ def attention_costs(model: nn.Module, x: Tensor) -> list[AttentionCost]:
         }
         costs.append(AttentionCost(name, ratio, heads.num_heads, H * W, keys, flops))
 
-    groups = [(name, module) for name, module in model.named_modules() if isinstance(module, PlainHeads)]
-    hooks = [heads.register_forward_pre_hook(partial(note, name)) for name, heads in groups]
+    hooks = [heads.register_forward_pre_hook(partial(note, name)) for name, heads in heads_of(model).items()]
     try:
         with torch.no_grad():
             model(x)

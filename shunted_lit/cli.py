@@ -138,12 +138,12 @@ class ShuntedCLI(LightningCLI):
         if found != task:
             raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {task.rpartition('.')[2]}")
         of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
-        adjustable = class_of(config.model).adjustable if config.ckpt_path and self.config.subcommand != "fit" else ()
+        adjustable = class_of(config.model).adjustable if self.from_checkpoint else ()
         arguments = self.config[self.config.subcommand].model.init_args
         for name, value in list(arguments.items()):
             if name not in asked or asked[name] == value or name in of_data:
                 continue
-            if name in adjustable and self.from_checkpoint:
+            if name in adjustable:
                 merged = isinstance(value, dict) and isinstance(asked[name], dict)
                 arguments[name] = {**value, **asked[name]} if merged else asked[name]
                 log.info("model.%s is %s; in training it was %s", name, asked[name], value)
@@ -152,10 +152,9 @@ class ShuntedCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
-        if config.trainer.logger is False:  # there is no folder of the run's own
+        if self.subcommand == "predict" or config.trainer.logger is False:  # there is no folder of the run's own
             self.save_config_callback = None
         if self.subcommand == "predict":
-            self.save_config_callback = None
             return super().instantiate_trainer(logger=False, **kwargs)
         self.model.check_data(self.datamodule)
         asked = self.config[self.subcommand].model.init_args.get("num_classes")

@@ -63,16 +63,14 @@ def named(source: str, options: Mapping[str, Any]) -> Exportable:
 def neck_parts(neck: ShuntedTransformer) -> Exportable:
     def save(out: Path) -> None:
         weights = {name: value.contiguous() for name, value in neck.state_dict().items()}
-        attention: Any = cast(Any, neck.block[0]).attn
         heads = {"num_heads": attention.num_heads, "qk_scale": attention.groups[0].scale}
         out.mkdir(parents=True, exist_ok=True)
         known = {**neck_keywords(weights), **heads, **neck.parts, "ratios": ratios}
         save_file(weights, out / "model.safetensors", {"neck": json.dumps(known)})
 
-    cin = neck.cin
+    attention: Any = cast(Any, neck.block[0]).attn
+    cin, ratios = neck.cin, [group.ratio for group in attention.groups]
     note = f"features (B, {cin}, H, W) -> output (B, {cin}, H, W)"
-    groups: Any = cast(Any, neck.block[0]).attn.groups
-    ratios = [getattr(group, "ratio", 1) for group in groups]
     return Exportable(neck, cin, ("output",), ((40, 40), (13, 21), (20, 9)), note, stride=max(ratios), save=save)
 
 

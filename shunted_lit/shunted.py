@@ -171,6 +171,8 @@ class PlainHeads(nn.Module):
     weights depend on it. There is no aggregation, so no norm and no GELU either.
     """
 
+    ratio: int = 1  # r x r tokens are one key
+
     def __init__(self, dim: int, num_heads: int, head_dim: int, qkv_bias: bool, scale: float, attn_drop: float, **dd):
         super().__init__()
         self.num_heads, self.scale, self.attn_drop = num_heads, scale, attn_drop

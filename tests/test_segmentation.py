@@ -201,6 +201,7 @@ def test_scores_are_those_of_a_plain_count(tmp_path, caplog):
 def test_masks_without_any_class_are_told():
     model = Logged(num_classes=4, decoder_options=NARROW["fpn"])
     model.answers, model.logged = [torch.zeros(4, 5, dtype=torch.int64)], {}
+    model.trainer = type("T", (), {"sanity_checking": False})()
     model.validation_step(([None], [torch.full((4, 5), 255, dtype=torch.uint8)]), 0)
     with pytest.raises(ValueError, match="no pixel of these masks has a class: all are 255"):
         model.on_validation_epoch_end()

@@ -118,7 +118,7 @@ class SegmentationTask(BaseTask):
         self.evaluation = {"short_side": short_side, "window": window, "stride": window_stride}
         # Values are judged where label maps are read; here that would cost more than the counting.
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
-        self.best_miou, self.evaluated = -1.0, False
+        self.best_miou = -1.0
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images [(3, H_i, W_i)] in 0..1 -> logits [(classes, H_i, W_i)]."""
@@ -184,13 +184,12 @@ class SegmentationTask(BaseTask):
         self.confusion.reset()
         hits, pixels = confusion.diag(), confusion.sum(1)
         iou = hits / (pixels + confusion.sum(0) - hits)  # nan where a class is neither there nor predicted
-        if not pixels.any():
+        if not pixels.any() and not self.trainer.sanity_checking:  # which sees a few images alone
             raise ValueError(f"no pixel of these masks has a class: all are {IGNORED}")
         miou = float(iou.nanmean())
         self.log(f"{stage}/miou", miou, prog_bar=True)
         self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()), prog_bar=True)
-        if not self.trainer.sanity_checking and not self.evaluated:
-            self.evaluated = True
+        if not self.trainer.sanity_checking and self.best_miou < 0:
             self._tell_absent(pixels)
         if not self.trainer.sanity_checking and miou >= self.best_miou:
             self.best_miou = miou
