@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dtype
 
+from shunted_lit.ablations import HeadsEnhancedAfter, LinearAggregation
 from shunted_lit.data.base import read_image
 from shunted_lit.features import check_neck_keywords
 from shunted_lit.files import check_new_file
@@ -184,9 +185,9 @@ class AttentionCost:
         name: of the heads in the network.
         ratio, heads: r, and how many heads.
         queries, keys: tokens that ask, and that are asked.
-        flops: multiplications and additions of the aggregation, of the projection to keys and values with their local
-            enhancement, and of the two products of attention. Queries and output projection, which groups share, are
-            not in it.
+        flops: multiplications and additions of the aggregation (none where it pools), of the projection to keys and
+            values with their local enhancement, and of the two products of attention. Queries and output projection,
+            which groups share, are not in it.
     """
 
     name: str
@@ -205,10 +206,13 @@ def attention_costs(model: nn.Module, x: Tensor) -> list[AttentionCost]:
         q, tokens, (H, W) = inputs
         ratio, width, dim = heads.ratio, q.shape[-1], tokens.shape[-1]
         keys = -(-H // ratio) * -(-W // ratio)
-        aggregation = 2 * keys * dim * dim * ratio**2 if isinstance(heads, ShuntedHeads) else 0
+        weights = sum(p.numel() for p in heads.sr.parameters() if p.ndim > 1) if isinstance(heads, ShuntedHeads) else 0
+        if isinstance(getattr(heads, "sr", None), LinearAggregation):  # each channel gets the same ones
+            weights *= dim
+        enhanced = H * W if isinstance(heads, HeadsEnhancedAfter) else keys if hasattr(heads, "local_conv") else 0
         flops = {
-            "aggregation": aggregation,
-            "projection": 2 * keys * dim * 2 * width + 2 * 9 * keys * width,
+            "aggregation": 2 * keys * weights,
+            "projection": 2 * keys * dim * 2 * width + 2 * 9 * enhanced * width,
             "attention": 4 * H * W * keys * width,
         }
         costs.append(AttentionCost(name, ratio, heads.num_heads, H * W, keys, flops))

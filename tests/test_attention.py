@@ -85,18 +85,30 @@ def test_the_token_of_a_point_in_each_stage():
 @pytest.mark.parametrize("ratios", [(8, 4, 2, 1), (2, 1), (1,), (3,)])
 @pytest.mark.parametrize("size", [(8, 8), (9, 5)])
 def test_costs_are_torchs_own_count(ratios, size):
-    neck = ShuntedTransformer(**SMALL, ratios=ratios).eval()
-    x = torch.rand(1, 16, *size)
-    costs = attention_costs(neck, x)
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        neck(x)
-    counts = counter.get_flop_counts()
+    costs = check_costs(ShuntedTransformer(**SMALL, ratios=ratios), size)
     assert len(costs) == 2 * len(ratios)
     for found in costs:
         keys = -(-size[0] // found.ratio) * -(-size[1] // found.ratio)
         assert (found.queries, found.keys, found.heads) == (size[0] * size[1], keys, 4 // len(ratios))
-        counted = sum(counts[f"ShuntedTransformer.{found.name}"].values())
-        assert sum(found.flops.values()) == counted
+
+
+def check_costs(neck, size):
+    x = torch.rand(1, 16, *size)
+    neck.eval()
+    costs = attention_costs(neck, x)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        neck(x)
+    counts = counter.get_flop_counts()
+    for found in costs:
+        assert sum(found.flops.values()) == sum(counts[f"ShuntedTransformer.{found.name}"].values())
+    return costs
+
+
+@pytest.mark.parametrize("aggregation", ["avg", "linear", "conv"])
+@pytest.mark.parametrize("local_enhancement", ["after", "before", "none"])
+def test_costs_of_other_parts(aggregation, local_enhancement):
+    parts = {"aggregation": aggregation, "local_enhancement": local_enhancement}
+    check_costs(ShuntedTransformer(**SMALL, **parts, ratios=(3, 1)), (7, 6))
 
 
 def test_costs_need_no_memory():
