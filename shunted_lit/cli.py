@@ -13,16 +13,17 @@ from pickle import UnpicklingError
 from typing import Any
 
 from jsonargparse import Namespace, auto_cli
+from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
 from shunted_lit.attention import attention, cost
 from shunted_lit.benchmark import benchmark
+from shunted_lit.checkpoint import LAST, RunCheckpoint, RunLogger, WholeFiles, last_run
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
@@ -93,12 +94,11 @@ class ShuntedCLI(LightningCLI):
         if self.prepared == "predict":
             parser.add_lightning_class_args(PredictionWriter, "predictions")
             return
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
         parser.set_defaults(
             {
                 "checkpoint.filename": "best",
                 "checkpoint.mode": "max",
-                "checkpoint.save_last": True,
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
@@ -122,6 +122,16 @@ class ShuntedCLI(LightningCLI):
         """Lightning lets the hyperparameters in a checkpoint win over config and command line; here it says so, and
         those which evaluation may change are as asked for."""
         config = self.config[self.config.subcommand]
+        self.goes_on: Path | None = None  # folder of the run, where it is the same run
+        if config.ckpt_path == "last" and self.config.subcommand == "fit":
+            root = Path(config.trainer.default_root_dir or "runs")
+            folder = last_run(root)
+            config.ckpt_path = None
+            if folder and (folder / LAST).is_file():
+                self.goes_on, config.ckpt_path = folder, str(folder / LAST)
+                log.info("%s: the run goes on", folder)
+            else:
+                log.warning("%s: there is no last.ckpt of a run yet, so a new one begins", folder or root)
         if config.ckpt_path is None and self.config.subcommand != "fit":
             raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
         if config.ckpt_path is not None:
@@ -166,10 +176,22 @@ class ShuntedCLI(LightningCLI):
         trainer = config.trainer
         if trainer.logger is not False and not trainer.fast_dev_run:
             root = Path(trainer.default_root_dir or "runs")
-            version = new_version(root) if getattr(rank_zero_only, "rank", 0) == 0 else None
+            version: int | None
+            step = None
+            if self.goes_on:
+                version, step = int(self.goes_on.name[8:]), read_checkpoint(self.goes_on / LAST)["global_step"]
+                if (self.goes_on / "config.yaml").is_file():  # which stays as it began
+                    self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
+            else:
+                version = new_version(root) if getattr(rank_zero_only, "rank", 0) == 0 else None
             loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
             further = [logger for logger in loggers if isinstance(logger, Logger)]
-            kwargs["logger"] = [CSVLogger(root, name="", version=version), *further]
+            kwargs["logger"] = [RunLogger(root, version, step), *further]
+        if self.subcommand == "fit":
+            plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
+            plugins = [plugin for plugin in plugins if plugin is not None]
+            if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+                kwargs["plugins"] = [*plugins, WholeFiles()]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -243,6 +265,7 @@ def quieten() -> None:
     for message in (
         r"LightningCLI's args parameter",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"Experiment logs directory .* exists and is not empty",  # what it holds is kept
         r"The dirpath has changed",  # a resumed run has a folder of its own, on purpose
         r"Be aware that when using `ckpt_path`, callbacks",  # evaluation and prediction need none of training's
     ):

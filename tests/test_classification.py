@@ -523,13 +523,13 @@ def test_repeated_augmentation(few):
     for epoch in (0, 1):
         loader = module.train_dataloader()
         loader.sampler.set_epoch(epoch)
-        indices = list(loader.sampler)
+        indices = [index for index, *_ in loader.sampler]
         assert len(indices) == 24, "as long an epoch"
         counts = np.bincount(indices, minlength=24)
         assert set(counts) == {0, 3}
     trainer = Trainer(max_epochs=1, limit_val_batches=0, **QUIET)
     trainer.fit(task(), module)
-    assert trainer.train_dataloader.sampler.num_repeats == 3
+    assert trainer.train_dataloader.sampler.repeats == 3
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """What all data share: loaders, the forms of a sample, augmentation, and how what is wrong on disk is reported."""
 
+import functools
 import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from shunted_lit.data.order import Order, Seeded, outlive_signals
 from shunted_lit.data.segments import Segment, draw_segment
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,9 @@ def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]
 class BaseDataModule(LightningDataModule):
     """What all data share. A subclass sets `class_names`, the transforms, and builds the data set of a split.
 
+    Order and augmentation of the training images follow from the run's seed, the epoch and the place in it, whatever
+    the number of workers; a checkpoint in mid-epoch tells the place, and a resumed run goes on there.
+
     It calls `save_hyperparameters(logger=False)`: loggers refuse a name that the task has with another value, such as
     `short_side`, and config.yaml has all of them.
 
@@ -51,6 +57,7 @@ class BaseDataModule(LightningDataModule):
     eval_transform: Callable[..., Any]
     collate_fn: Callable[[list[Any]], Any] | None = None
     offers: tuple[str, ...]
+    repeats = 1  # times that a training image is in an epoch
     whole_batches = False  # leave out a last, smaller training batch, as BatchNorm and mixup may need
 
     def __init__(self, batch_size: int, num_workers: int, annotation: str | None = None):
@@ -65,10 +72,31 @@ class BaseDataModule(LightningDataModule):
             raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; 1 and 0 are the least")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.datasets: dict[str, Dataset[Any]] = {}
+        self.resumed: dict[str, int] = {}  # seed, epoch and batches of a checkpoint
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    @functools.cached_property
+    def run_seed(self) -> int:
+        """That of the run's checkpoint, or Lightning's, or any; all ranks have the same."""
+        alone = self.trainer is None or self.trainer.world_size == 1
+        default = os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if alone else 0)
+        return int(self.resumed.get("seed", default))
+
+    def state_dict(self) -> dict[str, int]:
+        if self.trainer is None or self.trainer.state.fn != "fit":
+            return {}
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        epoch, batches = self.trainer.current_epoch, progress.processed
+        if batches >= self.trainer.num_training_batches:
+            epoch, batches = epoch + 1, 0
+        return {"seed": self.run_seed, "epoch": epoch, "batches": batches}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.resumed = state_dict
+        vars(self).pop("run_seed", None)
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
         """The data set of "train" or "val", whose samples went through `transform`."""
@@ -80,13 +108,14 @@ class BaseDataModule(LightningDataModule):
                 transform = self.train_transform if split == "train" else self.eval_transform
                 self.datasets[split] = self.build_dataset(split, transform)
 
-    def loader(self, split: str, **options: Any) -> DataLoader[Any]:
-        """Over a split, in order; `options` are further ones of DataLoader."""
+    def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
+        """Over a data set, in order; `options` are further ones of DataLoader."""
         return DataLoader(
-            self.datasets[split],
+            dataset,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=outlive_signals,
             pin_memory=torch.cuda.is_available(),
             collate_fn=self.collate_fn,
             **options,
@@ -97,17 +126,32 @@ class BaseDataModule(LightningDataModule):
         replicas = self.trainer.world_size if self.trainer else 1
         return self.whole_batches and len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
 
+    def order(self, epoch: int, start: int = 0) -> Order:
+        """Of the training images of this process; `start` of them were seen."""
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        return Order(self.datasets["train"], replicas, rank, self.run_seed, self.repeats, epoch, start)
+
+    def names_of(self, epoch: int, batch_idx: int) -> list[str]:
+        """What the images of a training batch are called: their files, where they have some."""
+        dataset: Any = self.datasets["train"]
+        keys = list(self.order(epoch, batch_idx * self.batch_size))[: self.batch_size]
+        return [dataset.name_of(index) for index, *_ in keys]
+
     def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader("train", shuffle=True, drop_last=self.drop_last())
+        epoch, start = self.trainer.current_epoch if self.trainer else 0, 0
+        if self.resumed.get("epoch", -1) >= epoch:  # Lightning asks before it knows where the run is
+            epoch, start = self.resumed["epoch"], self.resumed["batches"] * self.batch_size
+        order = self.order(epoch, start)
+        return self.loader(Seeded(self.datasets["train"]), sampler=order, drop_last=self.drop_last())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader("val")
+        return self.loader(self.datasets["val"])
 
     def test_dataloader(self) -> DataLoader[Any]:
-        return self.loader("val")
+        return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.loader("val")
+        return self.val_dataloader()
 
 
 def as_floats() -> list[Any]:
@@ -255,6 +299,9 @@ class FolderDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def name_of(self, index: int) -> str:
+        return str(self.records[index].path)
 
     def __getitem__(self, index: int) -> Sample:
         record = self.records[index]

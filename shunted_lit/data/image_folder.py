@@ -1,28 +1,18 @@
 """Labelled images in folders, one a class: ImageNet's layout."""
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from timm.data import create_transform
-from timm.data.distributed_sampler import RepeatAugSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, read_image
 
 log = logging.getLogger(__name__)
-
-
-class RepeatedAugmentation(RepeatAugSampler, DistributedSampler):
-    """timm's sampler; being a DistributedSampler by name, Lightning leaves it in its place."""
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another order in each epoch, and for each seed of Lightning's, which all ranks share."""
-        super().set_epoch(epoch + 100_003 * int(os.environ.get("PL_GLOBAL_SEED", 0)))
 
 
 class ClassFolders(ImageFolder):
@@ -36,6 +26,9 @@ class ClassFolders(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = class_folders(Path(directory))
         return names, {name: label for label, name in enumerate(names)}
+
+    def name_of(self, index: int) -> str:
+        return self.samples[index][0]
 
     def is_image(self, path: str) -> bool:
         parts = Path(path).relative_to(self.root_folder).parts
@@ -156,16 +149,6 @@ class ImageFolderDataModule(BaseDataModule):
             count, first = len(dataset.unread), dataset.unread[0]
             log.warning("%s: left out %d files that are no images of a class, such as %s", folder, count, first)
         return dataset
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Images in a new order each epoch, or some of them, each several times."""
-        if self.repeats == 1:
-            return super().train_dataloader()
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = RepeatedAugmentation(
-            self.datasets["train"], replicas, rank, num_repeats=self.repeats, selected_round=0
-        )
-        return self.loader("train", sampler=sampler, drop_last=self.drop_last())
 
 
 def class_folders(folder: Path) -> list[str]:

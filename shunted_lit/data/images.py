@@ -92,7 +92,7 @@ class ImagesDataModule(BaseDataModule):
         self.datasets = {"predict": Images(self.paths, self.transform)}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.loader("predict")
+        return self.loader(self.datasets["predict"])
 
 
 class Images(Dataset[Any]):

@@ -204,6 +204,9 @@ class LabelMapDataset(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.files)
 
+    def name_of(self, index: int) -> str:
+        return str(self.files[index][0])
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         path, mask = self.files[index]
         image = tv_tensors.Image(read_image(path))

@@ -173,6 +173,9 @@ class ShapesDataset(Dataset[Any]):
     def __len__(self) -> int:
         return self.length
 
+    def name_of(self, index: int) -> str:
+        return f"scene {index}"
+
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(index)

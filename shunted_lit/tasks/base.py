@@ -2,18 +2,20 @@
 
 import bisect
 import math
-import random
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.optim import param_groups_weight_decay
+from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from shunted_lit.seeds import seed_step
 
 
 class Schedule(LambdaLR):
@@ -140,11 +142,47 @@ class BaseTask(LightningModule):
                 raise ValueError(f"class {label} is {theirs!r} in the checkpoint, but {ours!r} in the data")
 
     def on_fit_start(self) -> None:
-        """Gives each rank random numbers of its own, once all have the same network."""
-        if self.trainer.world_size > 1:  # not Lightning's seed: from that all ranks draw the same order of the images
-            seed = torch.initial_seed() % 2**31 + self.trainer.global_rank
-            for generator in (random.seed, np.random.seed, torch.manual_seed):
-                generator(seed)
+        seed = getattr(getattr(self.trainer, "datamodule", None), "run_seed", None)
+        self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32)) if seed is None else seed
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Random numbers of a step follow from the run's seed and the step, so that a resumed run has the same; each
+        rank has its own, once all have the same network."""
+        seed_step(self.run_seed, self.current_epoch, batch_idx, self.global_rank)
+        self.batch = (batch_idx, batch)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Raises ValueError where the loss is no number; with several ranks, the gradients tell all of them at once."""
+        if not self.has_scaler() and self.trainer.world_size == 1 and not torch.isfinite(loss):
+            self.stop_on(f"the loss is {float(loss)}")
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Raises ValueError where the gradients are no numbers: no step is taken, and no checkpoint has it."""
+        if self.has_scaler():  # float16 may overflow: its scaler leaves such a step out and scales down
+            return
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if not torch.isfinite(norm):
+            self.stop_on(f"the norm of the gradients is {float(norm)}")
+
+    def has_scaler(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def stop_on(self, what: str) -> None:
+        """Saves the batch and raises ValueError: the step, its rate, its images, and where they are kept."""
+        batch_idx, batch = self.batch
+        data: Any = getattr(self.trainer, "datamodule", None)
+        names = data.names_of(self.current_epoch, batch_idx) if hasattr(data, "names_of") else []
+        rates = sorted({group["lr"] for group in self.trainer.optimizers[0].param_groups})
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        file = folder / f"nonfinite_rank_{self.global_rank}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({"batch": batch, "batch_idx": batch_idx, "epoch": self.current_epoch, "names": names}, file)
+        told = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise ValueError(
+            f"{what} in step {self.global_step} (epoch {self.current_epoch}, batch {batch_idx}; learning rate "
+            f"{', '.join(f'{rate:g}' for rate in rates)}; images: {told or 'unknown'}). {file} holds the batch, "
+            "torch.load reads it; a lower rate, a longer warm-up or gradient_clip_val may help"
+        )
 
     def draw(self, path: Path, samples: Sequence[Any]) -> None:
         """Writes a picture of what is predicted for samples of a data set, beside their truth."""

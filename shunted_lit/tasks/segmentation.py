@@ -120,6 +120,14 @@ class SegmentationTask(BaseTask):
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=IGNORED, validate_args=False)
         self.best_miou = -1.0
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["best_miou"] = self.best_miou
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.best_miou = checkpoint.get("best_miou", -1.0)
+
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images [(3, H_i, W_i)] in 0..1 -> logits [(classes, H_i, W_i)]."""
         return [segment(self.segmenter, image, **self.evaluation) for image in images]

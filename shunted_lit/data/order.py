@@ -1,0 +1,69 @@
+"""The order of an epoch, and random numbers for each sample: both of seed, epoch and place alone."""
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from shunted_lit.seeds import mixed, seed_sample
+
+Key = tuple[int, int, int, int]  # index, and what its random numbers follow from: seed, epoch, place in the epoch
+
+
+class Order(DistributedSampler):
+    """A new order of the images in each epoch; being a DistributedSampler, Lightning leaves it in its place.
+
+    Args:
+        dataset: of which only the length is asked for.
+        replicas: processes that share an epoch.
+        rank: number of this one.
+        seed: of all orders; the same in all processes.
+        repeats: times that an image is in an epoch, each time augmented anew and by another process, while the epoch
+            stays as long: repeated augmentation (Hoffer et al., arXiv 1901.09335).
+        epoch, start: where to begin: samples of this process that were seen in that epoch.
+    """
+
+    def __init__(
+        self, dataset: Any, replicas: int, rank: int, seed: int, repeats: int = 1, epoch: int = 0, start: int = 0
+    ):
+        super().__init__(dataset, replicas, rank, seed=seed)
+        self.repeats, self.epoch, self.start = repeats, epoch, start
+
+    def set_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            self.epoch, self.start = epoch, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(mixed(2, self.seed, self.epoch)[0])
+        places = torch.arange(self.total_size)  # the last ones begin anew, so that all processes have as many
+        images = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+        images = images[places // self.repeats % len(images)]
+        for place in places[self.rank :: self.num_replicas][self.start :].tolist():
+            yield int(images[place]), self.seed, self.epoch, place
+
+
+class Seeded(Dataset[Any]):
+    """A data set by the keys of `Order`: random numbers of a sample are its own, whoever loads it, and when."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key | int) -> Any:
+        index, *rest = key if isinstance(key, tuple) else (key,)  # a plain one from Lightning's overfit_batches
+        if rest:
+            seed_sample(*rest)
+        return self.dataset[index]
+
+
+def outlive_signals(worker: int) -> None:
+    """For a data worker: Ctrl-C and SIGTERM, which come to all processes of a group, are the main process's to heed.
+
+    A second SIGTERM ends it: that is how a worker that hangs is ended.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
