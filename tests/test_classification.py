@@ -356,8 +356,11 @@ def test_ranks_draw_other_numbers_but_share_the_order_of_images(monkeypatch):
     model, drawn = task(), []
     for rank in (0, 1):
         torch.manual_seed(5)
-        monkeypatch.setattr(ClassificationTask, "trainer", SimpleNamespace(world_size=2, global_rank=rank))
+        trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
+        monkeypatch.setattr(ClassificationTask, "trainer", trainer)
+        model._trainer = trainer
         model.on_fit_start()
+        model.on_train_batch_start(None, 0)
         drawn.append((torch.rand(1).item(), np.random.rand()))
     assert drawn[0][0] != drawn[1][0]
     assert drawn[0][1] != drawn[1][1]
