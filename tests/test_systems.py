@@ -66,7 +66,7 @@ def trained(tmp_path_factory):
     def folder(system):
         if system not in folders:
             root = tmp_path_factory.mktemp("run")
-            cli = run("fit", system, "--trainer.max_epochs=1", "--trainer.max_steps=24", "--data.train_size=192",
+            cli = run("fit", system, "--trainer.max_epochs=1", "--trainer.max_steps=36", "--data.train_size=288",
                       "--data.val_size=8", f"--trainer.default_root_dir={root}")  # fmt: skip
             folders[system] = Path(cli.trainer.log_dir)
         return folders[system]
@@ -91,7 +91,7 @@ def pictures(tmp_path_factory):
 def test_systems_learn_and_draw(system, trained):
     folder = trained(system)
     losses = metrics(folder, "train/loss")
-    assert len(losses) == 24
+    assert len(losses) == 36
     # Mixup makes a classifier's losses jump; the others fall far in so few steps.
     assert sum(losses[-6:]) < (1.02 if "imagenet" in system else 0.85) * sum(losses[:6])
     task = SYSTEMS[system][0]
