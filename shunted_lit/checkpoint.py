@@ -208,6 +208,6 @@ class RunCheckpoint(ModelCheckpoint):
             self.saved_step, self.saved_time = trainer.global_step, time.monotonic()
         if stops:
             number = self.signal or signal.SIGTERM
-            how = f"--ckpt_path {self.last_model_path} goes on" if self.saves_last else "there is no last.ckpt"
+            how = "the same words and --ckpt_path last go on" if self.saves_last else "there is no last.ckpt"
             log.warning("stopped after step %d; %s", trainer.global_step, how)
             raise Stopped(128 + number)

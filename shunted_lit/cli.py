@@ -265,6 +265,7 @@ def quieten() -> None:
     for message in (
         r"LightningCLI's args parameter",
         r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        r"Checkpoint directory .* exists and is not empty",  # a run that goes on in its folder
         r"Experiment logs directory .* exists and is not empty",  # what it holds is kept
         r"The dirpath has changed",  # a resumed run has a folder of its own, on purpose
         r"Be aware that when using `ckpt_path`, callbacks",  # evaluation and prediction need none of training's
