@@ -2,6 +2,7 @@
 
 import csv
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 
+from shunted_lit.cli import main
 from shunted_lit.features import FeaturePath
 from shunted_lit.segmenters import DECODERS, LEVELS, Segmenter, segment, slide, starts
 from shunted_lit.tasks import SegmentationTask
@@ -269,3 +271,16 @@ def test_docstrings_name_every_argument():
     for kind in (SegmentationTask, Segmenter):
         for name in inspect.signature(kind).parameters:
             assert f"{name}:" in (kind.__doc__ or ""), f"{kind.__name__} does not tell of {name}"
+
+
+def test_a_validation_has_a_table_of_its_own_though_training_saw_better(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    main(["fit", *words, "--trainer.max_epochs=1", "--model=SegmentationTask", "--model.backbone=test_resnet",
+          "--model.decoder=fpn", "--data=ShapesDataModule", "--data.size=64", "--data.train_size=4",
+          "--data.val_size=4", "--data.batch_size=4", "--data.num_workers=0"])  # fmt: skip
+    last = "runs/version_0/checkpoints/last.ckpt"
+    content = torch.load(last, weights_only=True)
+    torch.save({**content, "best_miou": 0.99}, last)
+    main(["validate", *words, f"--ckpt_path={last}"])
+    assert Path("runs/version_1/class_iou.csv").is_file()

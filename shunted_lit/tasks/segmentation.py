@@ -126,7 +126,8 @@ class SegmentationTask(BaseTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        self.best_miou = checkpoint.get("best_miou", -1.0)
+        if self._trainer is not None and (table := self._table()) is not None and table.is_file():
+            self.best_miou = checkpoint.get("best_miou", -1.0)  # a run that goes on in its folder keeps its table
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images [(3, H_i, W_i)] in 0..1 -> logits [(classes, H_i, W_i)]."""
@@ -213,11 +214,15 @@ class SegmentationTask(BaseTask):
                 len(absent), len(self.class_names), told, IGNORED,
             )  # fmt: skip
 
-    def _write_table(self, iou: list[float], recall: list[float], pixels: list[int]) -> None:
+    def _table(self) -> Path | None:
         folder = self.trainer.log_dir  # asks all ranks, so all have to come here
-        if folder is None or not self.trainer.loggers or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return None if folder is None or not self.trainer.loggers else Path(folder) / "class_iou.csv"
+
+    def _write_table(self, iou: list[float], recall: list[float], pixels: list[int]) -> None:
+        table = self._table()
+        if table is None or not self.trainer.is_global_zero or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        with (Path(folder) / "class_iou.csv").open("w", newline="", encoding="utf-8") as file:
+        with table.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(("class", "iou", "accuracy", "pixels"))
             for row in zip(self.class_names, iou, recall, pixels, strict=True):
