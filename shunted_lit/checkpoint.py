@@ -55,8 +55,17 @@ class WholeFiles(TorchCheckpointIO):
 
 def last_run(root: Path) -> Path | None:
     """Folder of the newest training run below a root; None where there is none."""
-    runs = [path for path in root.glob("version_*/checkpoints") if path.parent.name[8:].isdecimal()]
-    return max(runs, key=lambda path: int(path.parent.name[8:])).parent if runs else None
+    runs = [
+        path.parent
+        for path in root.glob("version_*/checkpoints")
+        if path.parent.name.removeprefix("version_").isdecimal()
+    ]
+    return max(runs, key=version_of, default=None)
+
+
+def version_of(run: Path) -> int:
+    """Number of a run, from its folder version_N."""
+    return int(run.name.removeprefix("version_"))
 
 
 class RunLogger(CSVLogger):
@@ -91,9 +100,7 @@ class RunLogger(CSVLogger):
             with before.open(newline="", encoding="utf-8") as lines:
                 rows = [row for row in csv.DictReader(lines) if int(row["step"]) < step]
             for row in rows:
-                found = {name: float(value) for name, value in row.items() if value and name != "step"}
-                if "epoch" in found:
-                    found["epoch"] = int(found["epoch"])
+                found: Any = {name: value for name, value in row.items() if value}  # as text: it is written as it was
                 self.experiment.log_metrics(found, int(row["step"]))
             self.save()
             before.unlink()
@@ -149,7 +156,7 @@ class RunCheckpoint(ModelCheckpoint):
         kept = {Path(path).name for path in self.best_k_models}
         for path in Path(self.dirpath or "").glob("*.ckpt"):
             if re.fullmatch(rf"{re.escape(str(self.filename))}(-v\d+)?\.ckpt", path.name) and path.name not in kept:
-                path.unlink()
+                path.unlink(missing_ok=True)  # another rank may have been faster
 
     def note(self, number: int, frame: Any) -> None:
         """Handler of the first signal."""

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
 from shunted_lit.attention import attention, cost
 from shunted_lit.benchmark import benchmark
-from shunted_lit.checkpoint import LAST, RunCheckpoint, RunLogger, WholeFiles, last_run
+from shunted_lit.checkpoint import LAST, RunCheckpoint, RunLogger, WholeFiles, last_run, version_of
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
@@ -123,6 +123,7 @@ class ShuntedCLI(LightningCLI):
         those which evaluation may change are as asked for."""
         config = self.config[self.config.subcommand]
         self.goes_on: Path | None = None  # folder of the run, where it is the same run
+        self.steps_done: int | None = None  # of that run
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
             root = Path(config.trainer.default_root_dir or "runs")
             folder = last_run(root)
@@ -136,8 +137,11 @@ class ShuntedCLI(LightningCLI):
             raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
         if config.ckpt_path is not None:
             path = Path(config.ckpt_path)
-            if path.is_file() and "pytorch-lightning_version" not in read_checkpoint(path):
+            content = read_checkpoint(path) if path.is_file() else {}
+            if content and "pytorch-lightning_version" not in content:
                 raise ValueError(f"{config.ckpt_path} holds no run to go on with; --model.weights may start from it")
+            if self.goes_on:
+                self.steps_done = content["global_step"]
             for name in ("weights", "pretrained"):  # the checkpoint's weights come after them
                 if name in config.model.init_args:
                     config.model.init_args[name] = None if name == "weights" else False
@@ -177,16 +181,15 @@ class ShuntedCLI(LightningCLI):
         if trainer.logger is not False and not trainer.fast_dev_run:
             root = Path(trainer.default_root_dir or "runs")
             version: int | None
-            step = None
             if self.goes_on:
-                version, step = int(self.goes_on.name[8:]), read_checkpoint(self.goes_on / LAST)["global_step"]
+                version = version_of(self.goes_on)
                 if (self.goes_on / "config.yaml").is_file():  # which stays as it began
                     self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
             else:
                 version = new_version(root) if getattr(rank_zero_only, "rank", 0) == 0 else None
             loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
             further = [logger for logger in loggers if isinstance(logger, Logger)]
-            kwargs["logger"] = [RunLogger(root, version, step), *further]
+            kwargs["logger"] = [RunLogger(root, version, self.steps_done), *further]
         if self.subcommand == "fit":
             plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
             plugins = [plugin for plugin in plugins if plugin is not None]

@@ -4,6 +4,8 @@ So a run that was cut off goes on, in mid-epoch too, as if it had not been, and 
 """
 
 import random
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,17 +16,18 @@ def mixed(*key: int) -> list[int]:
     return np.random.SeedSequence(key).generate_state(3).tolist()
 
 
-def seed_sample(*key: int) -> None:
-    """Sets the generators that data are augmented by: Python's, numpy's, and torch's on the CPU."""
-    python, numpy, torchs = mixed(0, *key)
+def seed_generators(seed_torch: Callable[[int], Any], *key: int) -> None:
+    python, numpy, torchs = mixed(*key)
     random.seed(python)
     np.random.seed(numpy)
-    torch.default_generator.manual_seed(torchs)
+    seed_torch(torchs)
+
+
+def seed_sample(*key: int) -> None:
+    """Sets the generators that data are augmented by: Python's, numpy's, and torch's on the CPU."""
+    seed_generators(torch.default_generator.manual_seed, 0, *key)
 
 
 def seed_step(*key: int) -> None:
     """Sets all generators of a process, those of its devices too."""
-    python, numpy, torchs = mixed(1, *key)
-    random.seed(python)
-    np.random.seed(numpy)
-    torch.manual_seed(torchs)
+    seed_generators(torch.manual_seed, 1, *key)

@@ -1,6 +1,7 @@
 """What all data share: loaders, the forms of a sample, augmentation, and how what is wrong on disk is reported."""
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ class BaseDataModule(LightningDataModule):
     def names_of(self, epoch: int, batch_idx: int) -> list[str]:
         """What the images of a training batch are called: their files, where they have some."""
         dataset: Any = self.datasets["train"]
-        keys = list(self.order(epoch, batch_idx * self.batch_size))[: self.batch_size]
+        keys = itertools.islice(self.order(epoch, batch_idx * self.batch_size), self.batch_size)
         return [dataset.name_of(index) for index, *_ in keys]
 
     def train_dataloader(self) -> DataLoader[Any]:

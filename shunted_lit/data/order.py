@@ -65,5 +65,9 @@ def outlive_signals(worker: int) -> None:
 
     A second SIGTERM ends it: that is how a worker that hangs is ended.
     """
+
+    def once(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
+    signal.signal(signal.SIGTERM, once)

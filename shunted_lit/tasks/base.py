@@ -151,6 +151,9 @@ class BaseTask(LightningModule):
         seed_step(self.run_seed, self.current_epoch, batch_idx, self.global_rank)
         self.batch = (batch_idx, batch)
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.batch = (batch_idx, None)  # two of them would not have to fit into a device's memory
+
     def on_before_backward(self, loss: Tensor) -> None:
         """Raises ValueError where the loss is no number; with several ranks, the gradients tell all of them at once."""
         if not self.has_scaler() and self.trainer.world_size == 1 and not torch.isfinite(loss):
