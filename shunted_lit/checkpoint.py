@@ -169,9 +169,15 @@ class RunCheckpoint(ModelCheckpoint):
         while self.handlers:
             signal.signal(*self.handlers.popitem())
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    # Before Lightning gives back its own, which would else stay in force, and hold the whole run in memory.
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.give_back()
-        super().teardown(trainer, pl_module, stage)
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.give_back()
+        super().on_exception(trainer, pl_module, exception)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -274,9 +274,11 @@ def quieten() -> None:
         r"Be aware that when using `ckpt_path`, callbacks",  # evaluation and prediction need none of training's
     ):
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda r: not re.search("litlogger|litmodels", r.getMessage())
-    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(advertises_nothing)
+
+
+def advertises_nothing(record: logging.LogRecord) -> bool:
+    return not re.search("litlogger|litmodels", record.getMessage())
 
 
 def command() -> None:

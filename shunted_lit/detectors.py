@@ -53,6 +53,8 @@ class Pyramid(nn.Module):
 
 def fcos(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> FCOS:
     """FCOS (Tian et al., ICCV 2019): one square a place, of the stride's size, tells which objects are a level's."""
+    if pyramid.out_channels % 32:
+        raise ValueError(f"pyramid_channels is {pyramid.out_channels}, but fcos needs a multiple of 32")
     sizes = tuple((anchor_scale * stride,) for stride in pyramid.strides)
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
     keywords = {"center_sampling_radius": 1.5 / anchor_scale, **keywords}  # 1.5 strides, whatever the anchors
@@ -144,14 +146,17 @@ class Detector(NamedTuple):
 
     kind: type[nn.Module]  # torchvision's class, whose options are the detector's
     build: Callable[..., nn.Module]  # what builds it over a pyramid
+    classifiers: Sequence[str]  # its layers that are of a number of classes
     annotation: str = "boxes"  # what it learns from
 
 
 DETECTORS: Mapping[str, Detector] = {
-    "faster_rcnn": Detector(FasterRCNN, faster_rcnn),
-    "fcos": Detector(FCOS, fcos),
-    "mask_rcnn": Detector(MaskRCNN, mask_rcnn, annotation="masks"),
-    "retinanet": Detector(RetinaNet, retinanet),
+    "faster_rcnn": Detector(FasterRCNN, faster_rcnn, ["roi_heads.box_predictor"]),
+    "fcos": Detector(FCOS, fcos, ["head.classification_head.cls_logits"]),
+    "mask_rcnn": Detector(
+        MaskRCNN, mask_rcnn, ["roi_heads.box_predictor", "roi_heads.mask_predictor.mask_fcn_logits"], "masks"
+    ),
+    "retinanet": Detector(RetinaNet, retinanet, ["head.classification_head.cls_logits"]),
 }
 
 
@@ -219,7 +224,7 @@ def build_detector(
         raise ValueError(f"detector is {name!r}; choose one of {', '.join(sorted(DETECTORS))}")
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}, but at least 1 is needed")
-    kind, build, _ = DETECTORS[name]
+    kind, build = DETECTORS[name][:2]
     known = inspect.signature(kind).parameters
     if unknown := sorted(set(keywords) - set(known)):
         raise ValueError(f"{name} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")

@@ -6,6 +6,7 @@ A level is named by its stride: level l has stride 2 ** l, so 3, 4, 5 are the C3
 import difflib
 import functools
 import inspect
+import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from shunted_lit.shunted import ShuntedBackbone, ShuntedTransformer
 from shunted_lit.weights import flatten, from_source_names, misfit, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def check_model_name(name: str) -> None:
@@ -32,8 +35,8 @@ def state_and_heads(path: str, model: Any) -> tuple[dict[str, Any], tuple[str, .
     content = read_checkpoint(path)
     if (task := content.get("task", "ClassificationTask")) != "ClassificationTask":
         raise ValueError(
-            f"{path} is of {task}, but a backbone starts from a classifier's weights, or the authors' or timm's; "
-            "--ckpt_path goes on with all of it"
+            f"{path} is of {task}, from which the same task can start, but no other; a backbone starts from a "
+            "classifier's weights, or the authors' or timm's"
         )
     state = from_source_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
     heads = model.pretrained_cfg.get("classifier") or ()
@@ -57,6 +60,7 @@ def read_backbone_weights(path: str, backbone: str, options: Mapping[str, Any]) 
     if told := misfit(mine, state):
         advice = model.weights_advice(state) if isinstance(model, ShuntedBackbone) else ""
         raise ValueError(f"{path}: weights do not fit {backbone}: {told}. {advice}".rstrip())
+    log.info("%s: all %d tensors of the backbone start from it", path, len(mine))
     return state
 
 

@@ -48,6 +48,8 @@ def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
         if isinstance(checkpoint.get(key), Mapping):
             return flatten(checkpoint[key])
+    if not all(isinstance(name, str) for name in checkpoint):
+        raise ValueError(f"there are no weights by name, but {list(checkpoint)[:3]}")
     return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): value for name, value in checkpoint.items()}
 
 
@@ -111,25 +113,39 @@ def misfit(mine: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
     return ", ".join(told)
 
 
-def load_all_but_a_head_of_other_classes(model: nn.Module, weights: Mapping[str, Any], heads: Sequence[str]) -> None:
-    """Loads `weights`; where a classifier in `heads` has another shape or is not there, all else, saying so.
+def load_known_parts(
+    model: nn.Module, weights: Mapping[str, Any], source: str, heads: Sequence[str], optional: Sequence[str] = ()
+) -> None:
+    """Loads `weights`, and tells how many; parts of the model that may start anew do so where they have to.
+
+    Args:
+        model: what starts from them.
+        weights: by the names of the model.
+        source: the file, for messages.
+        heads: names of layers that are of a number of classes: all of them start anew where one has another shape.
+        optional: names of parts that start anew where the file has nothing of them.
 
     Raises:
-        ValueError: what is not of a head and does not fit.
+        ValueError: what is of no such part and does not fit.
     """
-    mine, prefixes = model.state_dict(), tuple(f"{head}." for head in heads)
-    if misfit(
-        {name: value for name, value in mine.items() if name.startswith(prefixes)},
-        {name: value for name, value in weights.items() if name.startswith(prefixes)},
-    ):
-        log.info("the head is left out: that of the weights is for other classes than the model's, or not there")
-        mine, weights = (
-            {name: value for name, value in some.items() if not name.startswith(prefixes)} for some in (mine, weights)
-        )
-    if told := misfit(mine, weights):
-        advice = model.weights_advice(weights) if isinstance(model, SourceWeights) else ""
-        raise ValueError(f"weights do not fit: {told}. {advice}")
-    model.load_state_dict(weights, strict=False)
+    mine = model.state_dict()
+
+    def of(some: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+        return {name: value for name, value in some.items() if name.startswith(tuple(f"{part}." for part in parts))}
+
+    left_out = [part for part in optional if of(mine, [part]) and not of(weights, [part])]
+    told_anew = list(left_out)
+    heads = [head for head in heads if not head.startswith(tuple(f"{part}." for part in left_out))]
+    if misfit(of(mine, heads), of(weights, heads)):
+        left_out += heads
+        told_anew += ["the head, as the file has " + ("one of other classes" if of(weights, heads) else "none")]
+    wanted, given = ({n: v for n, v in some.items() if n not in of(some, left_out)} for some in (mine, weights))
+    if told := misfit(wanted, given):
+        advice = model.weights_advice(given) if isinstance(model, SourceWeights) else ""
+        raise ValueError(f"{source}: weights do not fit: {told}. {advice}".rstrip())
+    model.load_state_dict(given, strict=False)
+    rest = f"; anew: {', '.join(told_anew)}" if told_anew else ""
+    log.info("%s: %d of the model's %d tensors start from it%s", source, len(wanted), len(mine), rest)
 
 
 class SourceWeights(nn.Module):

@@ -130,7 +130,7 @@ def test_fine_tuning_from_weights(run, few, caplog, tmp_path):
     config += ["--model.layer_decay=0.7", "--trainer.max_epochs=1", "--model.lr=1e-9", "--model.min_lr=0"]
     with caplog.at_level("INFO"):
         cli, folder = fit(*config, f"--model.weights={best}")
-    assert "the head is left out: that of the weights is for other classes" in caplog.text
+    assert "anew: the head, as the file has one of other classes" in caplog.text
     trained = torch.load(best, weights_only=True)["state_dict"]
     for name, value in cli.model.model.named_parameters():
         assert name.startswith("head.") or torch.allclose(value, trained[f"model.{name}"], atol=1e-5), name

@@ -1,6 +1,8 @@
 """What all tasks share: optimizer, schedule, names of the classes."""
 
 import bisect
+import inspect
+import logging
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +18,9 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from shunted_lit.seeds import seed_step
+from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 class Schedule(LambdaLR):
@@ -109,6 +114,53 @@ class BaseTask(LightningModule):
         self.lr, self.weight_decay, self.warmup_epochs, self.min_lr = lr, weight_decay, warmup_epochs, min_lr
         self.warmup_lr, self.lr_batch = warmup_lr, lr_batch
         self.schedule, self.power, self.milestones = schedule, power, list(milestones)
+
+    def whole(self, weights: str | None, pretrained: bool, network: str) -> dict[str, Any] | None:
+        """Content of `weights` where it has a network of this task, not a backbone alone.
+
+        Args:
+            weights: the file, if any.
+            pretrained: whether timm's weights are asked for as well.
+            network: name of the network in the task.
+
+        Raises:
+            ValueError: a file that can't be read; two things to start from.
+        """
+        content = {} if weights is None else read_checkpoint(weights)
+        if not any(name.startswith(f"{network}.") for name in flatten(content)):
+            return None
+        if pretrained:
+            raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
+        return content
+
+    def start_from(
+        self, content: Mapping[str, Any], source: str, classifiers: Sequence[str], optional: Sequence[str]
+    ) -> None:
+        """Takes the weights of a run of this task, or of what else has them under its names.
+
+        Args:
+            content: of the checkpoint.
+            source: its file.
+            classifiers: names of the layers that are of a number of classes.
+            optional: names of parts that the file may lack.
+
+        Raises:
+            ValueError: weights that do not fit, and the settings in which the runs differ.
+        """
+        try:
+            load_known_parts(self, flatten(content), source, classifiers, optional)
+        except ValueError as error:
+            there, here = content.get("hyper_parameters", {}), self.hparams
+            build = set(here) & set(there) - set(inspect.signature(BaseTask.__init__).parameters)
+            differ = [f"{name} {there[name]!r} there, {here[name]!r} here" for name in sorted(build)
+                      if there[name] != here[name] and name not in self.adjustable]  # fmt: skip
+            told = f" Settings that differ: {'; '.join(differ)}" if differ else ""
+            raise ValueError(f"{error}{told}") from None
+        names = content.get("class_names", self.class_names)
+        if len(names) == len(self.class_names) and names != self.class_names:
+            first = next(i for i, pair in enumerate(zip(names, self.class_names, strict=True)) if len(set(pair)) > 1)
+            log.warning("%s: class %d is %r there and %r here; classes start from those of their number",
+                        source, first, names[first], self.class_names[first])  # fmt: skip
 
     def check_data(self, data: Any) -> None:
         """Raises ValueError where a data module comes with something else than this task learns from."""

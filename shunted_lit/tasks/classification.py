@@ -19,7 +19,7 @@ from torchvision.transforms.v2.functional import to_dtype
 from shunted_lit.features import check_model_name, state_and_heads
 from shunted_lit.pictures import draw_classes
 from shunted_lit.tasks.base import BaseTask
-from shunted_lit.weights import load_all_but_a_head_of_other_classes
+from shunted_lit.weights import load_known_parts
 
 Batch = tuple[Tensor, Tensor]
 
@@ -201,5 +201,6 @@ def build_classifier(
     if pretrained:
         raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
     model: Any = timm.create_model(name, num_classes=num_classes, **options)
-    load_all_but_a_head_of_other_classes(model, *state_and_heads(weights, model))
+    state, heads = state_and_heads(weights, model)
+    load_known_parts(model, state, weights, heads)
     return model

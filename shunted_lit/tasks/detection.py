@@ -31,8 +31,9 @@ class DetectionTask(BaseTask):
         detector: "fcos", "retinanet", "faster_rcnn" or "mask_rcnn".
         backbone: name of a timm model, shunted_t, shunted_s and shunted_b among them.
         pretrained: start the backbone from timm's published weights.
-        weights: start the backbone from a file instead: a checkpoint of the authors', of timm or of
-            `shunted-lit fit` on classes, or .safetensors.
+        weights: start from a file instead, all of it from a detector's checkpoint (where classes differ in number,
+            their layers start anew, and so do necks that it has not), or the backbone from one of the authors', of
+            timm or of `shunted-lit fit` on classes. Or .safetensors of these.
         neck: keywords of `ShuntedTransformer`, {} for its defaults, null for no neck.
         neck_levels: levels that get a neck; level l has stride 2 ** l.
         levels: levels of the backbone that the pyramid is built from.
@@ -101,9 +102,10 @@ class DetectionTask(BaseTask):
         )  # fmt: skip
         # A checkpoint holds weights of its own: nothing is fetched or read for it.
         self.save_hyperparameters(ignore=["pretrained", "weights"])
+        whole = self.whole(weights, pretrained, "detector")
         features = FeaturePath(
-            backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options, weights,
-            grad_checkpointing,
+            backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options,
+            None if whole else weights, grad_checkpointing,
         )  # fmt: skip
         self.detector = build_detector(
             detector,
@@ -116,6 +118,10 @@ class DetectionTask(BaseTask):
             max_size,
             **(detector_options or {}),
         )
+        if whole:
+            classifiers = [f"detector.{name}" for name in DETECTORS[detector].classifiers]
+            necks = [f"detector.backbone.body.necks.{level}" for level in features.necks]
+            self.start_from(whole, str(weights), classifiers, necks)
         self.annotation = DETECTORS[detector].annotation
         kinds: list[Any] = ["bbox"] if self.annotation == "boxes" else ["bbox", "segm"]
         # One a kind: one for both would take small and large of the masks by the boxes' areas.

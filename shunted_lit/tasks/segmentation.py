@@ -38,8 +38,9 @@ class SegmentationTask(BaseTask):
         decoder: "fpn" (Semantic FPN), "upernet" or "segformer"; how they differ from the paper's: `Segmenter`.
         backbone: name of a timm model, shunted_t, shunted_s and shunted_b among them.
         pretrained: start the backbone from timm's published weights.
-        weights: start the backbone from a file instead: a checkpoint of the authors', of timm or of
-            `shunted-lit fit` on classes, or .safetensors.
+        weights: start from a file instead, all of it from a segmenter's checkpoint (where classes differ in number,
+            their layers start anew, and so do necks and an auxiliary head that it has not), or the backbone from one
+            of the authors', of timm or of `shunted-lit fit` on classes. Or .safetensors of these.
         neck: keywords of `ShuntedTransformer`, {} for its defaults, null for no neck.
         neck_levels: levels that get a neck, of 2, 3, 4 and 5; level l has stride 2 ** l.
         auxiliary_weight: weight of the loss of an auxiliary head on level 4; 0 for no such head.
@@ -109,11 +110,16 @@ class SegmentationTask(BaseTask):
             raise ValueError(f"window_stride is {window_stride} and window {window}; pixels between would be left out")
         if auxiliary_weight < 0 or head_lr <= 0:
             raise ValueError(f"auxiliary_weight is {auxiliary_weight} and head_lr {head_lr}; 0 or more, and above 0")
+        whole = self.whole(weights, pretrained, "segmenter")
         features = FeaturePath(
-            backbone, pretrained, LEVELS, neck, neck_levels, freeze_backbone, backbone_options, weights,
-            grad_checkpointing,
+            backbone, pretrained, LEVELS, neck, neck_levels, freeze_backbone, backbone_options,
+            None if whole else weights, grad_checkpointing,
         )  # fmt: skip
         self.segmenter = Segmenter(decoder, features, num_classes, auxiliary_weight > 0, **(decoder_options or {}))
+        if whole:
+            necks = [f"segmenter.features.necks.{level}" for level in features.necks]
+            classifiers = ["segmenter.head", "segmenter.auxiliary.4"]
+            self.start_from(whole, str(weights), classifiers, [*necks, "segmenter.auxiliary"])
         self.auxiliary_weight, self.head_lr = auxiliary_weight, head_lr
         self.evaluation = {"short_side": short_side, "window": window, "stride": window_stride}
         # Values are judged where label maps are read; here that would cost more than the counting.
