@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dtype
 
 from shunted_lit.ablations import HeadsEnhancedAfter, LinearAggregation
-from shunted_lit.data.base import read_image
+from shunted_lit.data.reading import read_image
 from shunted_lit.features import check_neck_keywords
 from shunted_lit.files import check_new_file
 from shunted_lit.shunted import VARIANTS, PlainHeads, ShuntedHeads, ShuntedTransformer, Size, split_heads

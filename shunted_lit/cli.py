@@ -1,6 +1,5 @@
 """The command `shunted-lit`: LightningCLI, and the few commands that are not training."""
 
-import importlib
 import itertools
 import json
 import logging
@@ -12,7 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import auto_cli
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
 from shunted_lit.attention import attention, cost
 from shunted_lit.benchmark import benchmark
+from shunted_lit.check import check
 from shunted_lit.checkpoint import LAST, RunCheckpoint, RunLogger, WholeFiles, last_run, version_of
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
@@ -31,6 +31,7 @@ from shunted_lit.predict import PredictionWriter, of_checkpoint
 from shunted_lit.report import RunReport
 from shunted_lit.study import study
 from shunted_lit.tasks import BaseTask
+from shunted_lit.tasks.base import annotation_for, class_of
 from shunted_lit.weights import read_checkpoint
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": study,
 }
 
-EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in sorted([*COMMANDS, "yolo"]))
+EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in sorted([*COMMANDS, "check", "yolo"]))
 
 YOLO_HELP = """usage: shunted-lit yolo yaml --base BASE --out FILE      write a model YAML with the neck in it
        shunted-lit yolo weights --model FILE --out FILE  write a checkpoint of it, with the weights of its base
@@ -64,17 +65,6 @@ def new_version(root: Path) -> int:
             continue
         break
     return number
-
-
-def class_of(model: Namespace) -> type[BaseTask]:
-    """The task that a config names."""
-    module, _, name = model.class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
-def annotation_for(model: Namespace) -> str:
-    """What data have to come with for a task, as configured: its class and arguments."""
-    return class_of(model).annotation_for(model.init_args)
 
 
 class ShuntedCLI(LightningCLI):
@@ -233,6 +223,8 @@ def main(args: list[str] | None = None) -> Any:
     words = sys.argv[1:] if args is None else args
     if words and words[0] == "yolo":
         return yolo(words[1:])
+    if words and words[0] == "check":
+        return check(words[1:])
     if words and words[0] in COMMANDS:
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
     return ShuntedCLI(

@@ -17,8 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from shunted_lit.data import ImagesDataModule
-from shunted_lit.data.base import read_image
 from shunted_lit.data.image_folder import in_validation
+from shunted_lit.data.reading import read_image
 from shunted_lit.data.segments import run_lengths
 from shunted_lit.pictures import picture_of_boxes, picture_of_class, picture_of_map, png_palette
 from shunted_lit.tasks import BaseTask

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pickle import UnpicklingError
@@ -29,18 +30,28 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
             if keywords:
                 content = {"state_dict": content, "hyper_parameters": {"neck": json.loads(keywords)}}
         else:
+            check_stored(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {blocked[1]}, which is more than weights" if blocked else "is no checkpoint"
-        raise ValueError(f"{path}: {what}, and is not loaded, as such files can run code") from error
+        why = "may unpack to any size" if str(error) == "compressed" else "can run code"
+        raise ValueError(f"{path}: {what}, and is not loaded, as such files {why}") from error
     except Exception as error:  # whatever a damaged file makes of torch's and safetensors' readers
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path}: holds no weights by name")
     return dict(content)
+
+
+def check_stored(path: str | PathLike) -> None:
+    """Raises UnpicklingError for an archive with compressed parts: torch stores, and these may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise UnpicklingError("compressed")
 
 
 def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

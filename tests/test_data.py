@@ -328,7 +328,7 @@ def test_bad_boxes_can_be_dropped_but_are_counted(folder, caplog):
     [
         ({"names": None}, "names missing"),
         ({"names": {0: "a", 2: "b"}}, r"names has the keys \[0, 2\], but numbers 0 to 1"),
-        ({"names": "cat"}, "names is 'cat'"),
+        ({"names": "cat"}, "names is a str;"),
         ({"nc": 80}, "nc is 80, but names has 5 entries"),
         ({"val": "images/none"}, "val names .*none, which is neither a folder nor a .txt"),
         ({"val": "annotations"}, "val holds no images"),

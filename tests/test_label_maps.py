@@ -146,19 +146,19 @@ def test_masks_with_a_palette_are_read_by_number(folder):
 def test_missing_masks_and_images_are_told_and_counted(folder):
     for i in (1, 3, 5):
         (folder / f"masks/train/{i:06d}.png").unlink()
-    with pytest.raises(ValueError, match=r"images/train/000001.png: has no mask in .*, as 3 of 6 files"):
+    with pytest.raises(ValueError, match=r"(?s)images/train/000001.png: has no mask in .*train: 3 faults"):
         masks(folder)
     for i in (1, 3, 5):
         (folder / f"images/train/{i:06d}.png").unlink()
     assert len(masks(folder).datasets["train"]) == 3
     (folder / "images/train/000000.png").unlink()
-    with pytest.raises(ValueError, match=r"masks/train/000000.png: has no image in .*, as 1 of 3 files"):
+    with pytest.raises(ValueError, match=r"masks/train/000000.png: has no image in "):
         masks(folder)
 
 
 def test_an_image_listed_twice_is_told(folder):
     shutil.copy(folder / "images/train/000000.png", folder / "images/train/000000.jpg")
-    with pytest.raises(ValueError, match=r"images/train: 000000 is there under several suffixes \(1 such names\)"):
+    with pytest.raises(ValueError, match=r"images/train: 000000 is there under several suffixes; keep one"):
         masks(folder)
 
 

@@ -4,30 +4,28 @@ import functools
 import itertools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+from shunted_lit.data.faults import DataError, LabelCheck, look_through
 from shunted_lit.data.order import Order, Seeded, outlive_signals
+from shunted_lit.data.reading import IMAGE_SUFFIXES, DamagedError, read_image, read_size
 from shunted_lit.data.segments import Segment, draw_segment
 
 log = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
-BadBoxes = Literal["error", "drop"]
 
 
 def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
@@ -48,9 +46,15 @@ class BaseDataModule(LightningDataModule):
     `annotation` tells what an image comes with, and a task what it learns from, in the same words: "class", "boxes",
     "masks" (boxes, and a mask for each), or "map" (a class for each pixel). `offers` are those a subclass can give.
 
+    A data set of files has `look(index)`, which reads headers, and `read(index)`, which reads a sample; both raise
+    ValueError where something is wrong.
+
     Args:
         batch_size: images a step, of each device.
         num_workers: processes that load and augment, of each device.
+        check_images: read the headers of all files before training, so that what is damaged is told at the start.
+        skip_damaged: up to so many training images that can't be read are left out, the next one taking their place,
+            and told; one more, or one in evaluation, is an error.
     """
 
     class_names: list[str]
@@ -61,7 +65,14 @@ class BaseDataModule(LightningDataModule):
     repeats = 1  # times that a training image is in an epoch
     whole_batches = False  # leave out a last, smaller training batch, as BatchNorm and mixup may need
 
-    def __init__(self, batch_size: int, num_workers: int, annotation: str | None = None):
+    def __init__(
+        self,
+        batch_size: int,
+        num_workers: int,
+        annotation: str | None = None,
+        check_images: bool = True,
+        skip_damaged: int = 0,
+    ):
         super().__init__()
         self.annotation = annotation or self.offers[0]
         if self.annotation not in self.offers:
@@ -71,8 +82,13 @@ class BaseDataModule(LightningDataModule):
             )
         if batch_size < 1 or num_workers < 0:
             raise ValueError(f"batch_size is {batch_size} and num_workers {num_workers}; 1 and 0 are the least")
+        if skip_damaged < 0:
+            raise ValueError(f"skip_damaged is {skip_damaged}, but a number of images, 0 or more, is needed")
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.datasets: dict[str, Dataset[Any]] = {}
+        self.check_images, self.skip_damaged = check_images, skip_damaged
+        self.datasets: dict[str, Any] = {}
+        self.seeded: Seeded | None = None
+        self.faults: list[str] | None = None  # of labels, where they are gathered
         self.resumed: dict[str, int] = {}  # seed, epoch and batches of a checkpoint
 
     @property
@@ -103,11 +119,42 @@ class BaseDataModule(LightningDataModule):
         """The data set of "train" or "val", whose samples went through `transform`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how to build its data set")
 
+    def report(self, check: LabelCheck, source: Path | str) -> None:
+        """Raises what a reader of labels has found, or keeps it, where faults are gathered."""
+        if self.faults is None:
+            check.report(source)
+        else:
+            self.faults += check.faults
+
     def setup(self, stage: str) -> None:
         for split in ("train", "val") if stage == "fit" else ("val",):
             if split not in self.datasets:
                 transform = self.train_transform if split == "train" else self.eval_transform
                 self.datasets[split] = self.build_dataset(split, transform)
+
+    def prepare_data(self) -> None:
+        """Reads the headers of all images, once a machine; what is damaged is told in one go."""
+        stage = self.trainer.state.fn if self.trainer else "fit"
+        if not self.check_images or stage == "predict":
+            return
+        self.setup(stage or "fit")
+        found: list[str] = []
+        for split, dataset in self.datasets.items():
+            faults = look_through(dataset, self.num_workers, False, split) if hasattr(dataset, "look") else {}
+            if split == "train" and len(faults) <= self.skip_damaged:
+                for fault in faults.values():
+                    log.warning("%s; is left out of training", fault)
+            else:
+                found += faults.values()
+        if found:
+            more = f"; --data.skip_damaged leaves up to {self.skip_damaged or 'so many'} training images out"
+            raise DataError(found, "images", more if "train" in self.datasets else "")
+
+    def teardown(self, stage: str) -> None:
+        if stage == "fit" and self.seeded is not None and (count := len(self.seeded.left_out())):
+            names = [self.seeded.dataset.name_of(index) for index in self.seeded.left_out()[:5]]
+            told = ", ".join(names) + (", ..." if count > 5 else "")
+            log.warning("%d of %d training images were damaged and left out: %s", count, len(self.seeded), told)
 
     def loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         """Over a data set, in order; `options` are further ones of DataLoader."""
@@ -143,7 +190,8 @@ class BaseDataModule(LightningDataModule):
         if self.resumed.get("epoch", -1) >= epoch:  # Lightning asks before it knows where the run is
             epoch, start = self.resumed["epoch"], self.resumed["batches"] * self.batch_size
         order = self.order(epoch, start)
-        return self.loader(Seeded(self.datasets["train"]), sampler=order, drop_last=self.drop_last())
+        self.seeded = self.seeded or Seeded(self.datasets["train"], self.skip_damaged)
+        return self.loader(self.seeded, sampler=order, drop_last=self.drop_last())
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.datasets["val"])
@@ -178,6 +226,7 @@ class DetectionDataModule(BaseDataModule):
         flip, distort, crop: chance for a training image to be mirrored, to change its colours, to be cut to a part
             that keeps some objects.
         annotation: "boxes", or "masks" besides; from the task, in `shunted-lit`.
+        check_images, skip_damaged: as in `BaseDataModule`.
     """
 
     collate_fn: Callable[[list[Any]], Any] | None = staticmethod(collate)
@@ -191,8 +240,10 @@ class DetectionDataModule(BaseDataModule):
         distort: float = 0.5,
         crop: float = 0.0,
         annotation: str | None = None,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers, annotation)
+        super().__init__(batch_size, num_workers, annotation, check_images, skip_damaged)
         self.train_transform = v2.Compose(
             [
                 other_colours(distort),
@@ -221,57 +272,6 @@ class Record:
     size: tuple[int, int] | None = None  # width and height, where the annotations tell them
     crowd: list[bool] = field(default_factory=list)  # regions that evaluation ignores; none where empty
     segments: list[Segment] | None = None  # an outline for each box, where masks are wanted
-
-
-class LabelCheck:
-    """Gathers what is wrong as a reader of labels meets it, so that all of it is told in one go.
-
-    Args:
-        bad_boxes: "error", or "drop" to leave objects with a bad box or mask out and say how many at the end.
-    """
-
-    SHOWN = 10  # faults that are told one by one
-
-    def __init__(self, bad_boxes: BadBoxes):
-        self.bad_boxes = bad_boxes
-        self.faults: list[str] = []
-        self.dropped = 0
-
-    def accepts(self, box: Sequence[float], width: float, height: float, slack: float, where: str) -> bool:
-        """Whether x1 y1 x2 y2 has an area and lies within `width` and `height`, give or take `slack` of rounding."""
-        x1, y1, x2, y2 = box
-        if not (x2 > x1 and y2 > y1):
-            fault = "has no area"
-        elif x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
-            fault = f"is not within the image of {width:g} x {height:g}"
-        else:
-            return True
-        corners = " ".join(f"{value:g}" for value in box)
-        self.reject(f"{where}: the box {corners} (x1 y1 x2 y2) {fault}")
-        return False
-
-    def reject(self, told: str) -> None:
-        """An object that is a fault, or left out and counted."""
-        if self.bad_boxes == "error":
-            self.fail(f"{told}; mend it, or set bad_boxes to drop")
-        else:
-            self.dropped += 1
-
-    def fail(self, told: str) -> None:
-        """A fault that nothing but mending helps."""
-        self.faults.append(told)
-
-    def report(self, source: Path) -> None:
-        """Raises ValueError with the faults and their number; logs how many objects were left out."""
-        if self.faults:
-            count = len(self.faults)
-            shown = "\n".join(self.faults[: self.SHOWN])
-            told = f"{count} faults" + (f", the first {self.SHOWN} of them above" if count > self.SHOWN else "")
-            raise ValueError(shown if count == 1 else f"{shown}\n{source}: {told}")
-        if self.dropped:
-            log.warning(
-                "%s: left out %d boxes of no area, outside their image, or with a damaged mask", source, self.dropped
-            )
 
 
 class FolderDataset(Dataset[Sample]):
@@ -304,12 +304,10 @@ class FolderDataset(Dataset[Sample]):
     def name_of(self, index: int) -> str:
         return str(self.records[index].path)
 
-    def __getitem__(self, index: int) -> Sample:
-        record = self.records[index]
-        image = tv_tensors.Image(read_image(record.path))
-        height, width = image.shape[-2:]
+    def boxes(self, record: Record, width: int, height: int) -> Tensor:
+        """The boxes (n, 4) of an image of this size, in pixels. Raises DamagedError where they don't fit."""
         if record.size not in (None, (width, height)):
-            raise ValueError(f"{record.path}: is {width} x {height}, but its annotations say {record.size}")
+            raise DamagedError(f"{record.path}: is {width} x {height}, but its annotations say {record.size}")
         boxes = torch.tensor(record.boxes, dtype=torch.float64).reshape(-1, 4)
         if self.relative:
             boxes *= torch.tensor([width, height, width, height])
@@ -317,9 +315,30 @@ class FolderDataset(Dataset[Sample]):
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         if (boxes[:, 2:] <= boxes[:, :2]).any():
-            raise ValueError(f"{record.path}: a box has no area in this image of {width} x {height}: {boxes.tolist()}")
+            raise DamagedError(
+                f"{record.path}: a box has no area in this image of {width} x {height}: {boxes.tolist()}"
+            )
+        return boxes.float()
+
+    def look(self, index: int) -> None:
+        """Raises DamagedError where the image, by its header, can't be read, or the boxes are not of it."""
+        record = self.records[index]
+        size = read_size(record.path)
+        if record.size not in (None, size):
+            size = read_image(record.path).size  # which is sure
+        self.boxes(record, *size)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.transform(*self.read(index))
+
+    def read(self, index: int) -> Sample:
+        """Image and target as they are on disk."""
+        record = self.records[index]
+        image = tv_tensors.Image(read_image(record.path))
+        height, width = image.shape[-2:]
+        boxes = self.boxes(record, width, height)
         target = {
-            "boxes": tv_tensors.BoundingBoxes(boxes.float(), format="XYXY", canvas_size=(height, width)),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
             "labels": torch.tensor(record.labels, dtype=torch.int64),
             "iscrowd": torch.tensor(record.crowd or [False] * len(record.labels), dtype=torch.int64),
             "image_id": record.image_id,
@@ -328,35 +347,4 @@ class FolderDataset(Dataset[Sample]):
             scale = (width, height) if self.relative else (1, 1)
             masks = [draw_segment(segment, height, width, scale) for segment in record.segments]
             target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool))
-        return self.transform(image, target)
-
-
-# What PIL raises for damaged files. ImportError: Ultralytics, once imported, has it ask for another package there.
-UNREADABLE = (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-def read_image(path: Path | str) -> Image.Image:
-    """An image in RGB, upright. Raises ValueError naming the file where it is missing or can't be read."""
-    try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
-            if upright.mode.startswith(("I", "F")):  # 16 bits a pixel or more, which PIL would clip to white
-                pixels = np.asarray(upright, dtype=np.float64)
-                if not (pixels.size and pixels.min() >= 0 and pixels.max() < 2**16) or upright.mode == "F":
-                    raise ValueError(f"mode {upright.mode}: 8 or 16 bits a pixel are read")
-                if upright.mode.startswith("I;16") or pixels.max() > 255:
-                    pixels /= 257
-                upright = Image.fromarray(pixels.astype(np.uint8))
-            return upright.convert("RGB")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such image") from None
-    except UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable image ({error})") from error
-
-
-def read_lines(file: Path) -> list[str]:
-    """Lines of a text file. Raises ValueError naming it where it can't be read."""
-    try:
-        return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not a readable text file ({error})") from error
+        return image, target

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import BadBoxes, DetectionDataModule, FolderDataset, LabelCheck, Record, Sample
+from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
+from shunted_lit.data.faults import BadBoxes, LabelCheck
 from shunted_lit.data.segments import fault_of, is_number
 
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
@@ -28,6 +29,7 @@ class CocoDataModule(DetectionDataModule):
         bad_boxes: "error", or "drop" to leave objects whose box has no area or is outside the image, or whose mask is
             damaged, out, and log how many (COCO's own train2017 has a few).
         annotation: "boxes", or "masks" to read polygons and run lengths as well; from the task, in `shunted-lit`.
+        check_images, skip_damaged: as in `BaseDataModule`.
 
     Raises:
         ValueError: naming the file and the id, where an annotation names no image or category, a box or a mask is not
@@ -48,8 +50,10 @@ class CocoDataModule(DetectionDataModule):
         crop: float = 0.5,
         bad_boxes: BadBoxes = "error",
         annotation: str | None = None,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
+        super().__init__(batch_size, num_workers, flip, distort, crop, annotation, check_images, skip_damaged)
         self.save_hyperparameters(logger=False)
         self.bad_boxes = bad_boxes
         base = Path(root)
@@ -76,7 +80,7 @@ class CocoDataModule(DetectionDataModule):
         check = LabelCheck(self.bad_boxes)
         masks = self.annotation == "masks"
         records = read_records(file, content, self.images[split], list(categories), check, split == "val", masks)
-        check.report(file)
+        self.report(check, file)
         return FolderDataset(records, relative=False, transform=transform, source=file)
 
 
@@ -133,7 +137,7 @@ def read_records(
             isinstance(image["file_name"], str) and isinstance(image["width"], int) and isinstance(image["height"], int)
         ):
             check.fail(f"{where} needs file_name as text, width and height as whole numbers: {image}")
-        elif not (folder / image["file_name"]).is_relative_to(folder):
+        elif ".." in Path(image["file_name"]).parts or Path(image["file_name"]).is_absolute():
             check.fail(f"{where} has the file_name {image['file_name']}, which is not within {folder}")
         else:
             size = (image["width"], image["height"])

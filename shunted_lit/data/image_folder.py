@@ -1,6 +1,7 @@
 """Labelled images in folders, one a class: ImageNet's layout."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,8 @@ from timm.data import create_transform
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
-from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, read_image
+from shunted_lit.data.base import BaseDataModule
+from shunted_lit.data.reading import IMAGE_SUFFIXES, read_image, read_size
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,8 @@ class ClassFolders(ImageFolder):
 
     def __init__(self, folder: Path, transform: Callable[[Image.Image], Any]):
         self.root_folder = folder
+        self.seen: set[str] = set()  # folders
+        self.places: dict[str, str] = {}  # the same, by where they really are
         self.unread: list[str] = [str(p) for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
         super().__init__(str(folder), transform, loader=read_image, is_valid_file=self.is_image, allow_empty=True)
 
@@ -30,7 +34,24 @@ class ClassFolders(ImageFolder):
     def name_of(self, index: int) -> str:
         return self.samples[index][0]
 
+    def look(self, index: int) -> None:
+        """Raises DamagedError where the image, by its header, can't be read."""
+        read_size(self.samples[index][0])
+
+    def read(self, index: int) -> Image.Image:
+        return read_image(self.samples[index][0])
+
+    def check_loop(self, folder: str) -> None:
+        """Raises ValueError where links lead to a folder twice, as one that holds itself does without end."""
+        if folder in self.seen:
+            return
+        self.seen.add(folder)
+        first = self.places.setdefault(os.path.realpath(folder), folder)
+        if first != folder:
+            raise ValueError(f"{folder}: is a link to {first}, whose images would be read twice; remove it")
+
     def is_image(self, path: str) -> bool:
+        self.check_loop(os.path.dirname(path))
         parts = Path(path).relative_to(self.root_folder).parts
         if any(part.startswith(".") for part in parts):
             return False
@@ -67,6 +88,7 @@ class ImageFolderDataModule(BaseDataModule):
             augmentation (Hoffer et al., arXiv 1901.09335); 1 for none.
         batch_size: images a step, of each device.
         num_workers: processes that load and augment, of each device.
+        check_images, skip_damaged: as in `BaseDataModule`.
 
     Raises:
         ValueError: a folder that is not there, a class without images or missing in one of the splits, numbers out of
@@ -92,8 +114,10 @@ class ImageFolderDataModule(BaseDataModule):
         repeats: int = 1,
         batch_size: int = 128,
         num_workers: int = 2,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, None, check_images, skip_damaged)
         self.save_hyperparameters(logger=False)
         if image_size < 1 or not 0 < crop_pct <= 1 or repeats < 1:
             raise ValueError(

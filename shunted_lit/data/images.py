@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
-from shunted_lit.data.base import IMAGE_SUFFIXES, BaseDataModule, collate, read_image
+from shunted_lit.data.base import BaseDataModule, collate
+from shunted_lit.data.reading import IMAGE_SUFFIXES, read_image
 
 log = logging.getLogger(__name__)
 

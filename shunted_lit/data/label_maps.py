@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from shunted_lit.data.base import (
-    IMAGE_SUFFIXES,
-    UNREADABLE,
-    BaseDataModule,
-    as_floats,
-    collate,
-    other_colours,
-    read_image,
-    read_lines,
-)
+from shunted_lit.data.base import BaseDataModule, as_floats, collate, other_colours
+from shunted_lit.data.faults import LabelCheck
+from shunted_lit.data.reading import IMAGE_SUFFIXES, UNREADABLE, DamagedError, read_image, read_lines, read_size
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +39,7 @@ class LabelMapDataModule(BaseDataModule):
         short_side: what the shorter side of a training image is scaled to first; null for its own size.
         scale: least and greatest factor on that, drawn at random; only where `short_side` is given.
         flip, distort: chance for a training image to be mirrored, to change its colours.
+        check_images, skip_damaged: as in `BaseDataModule`.
     """
 
     collate_fn = staticmethod(collate)
@@ -60,8 +55,10 @@ class LabelMapDataModule(BaseDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         distort: float = 0.5,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers)
+        super().__init__(batch_size, num_workers, None, check_images, skip_damaged)
         if crop_size < 1 or (short_side is not None and short_side < 1) or not 0 < scale[0] <= scale[1]:
             raise ValueError(
                 f"crop_size is {crop_size}, short_side {short_side} and scale {scale}; at least 1, at least 1 or null, "
@@ -93,7 +90,8 @@ class MaskFolderDataModule(LabelMapDataModule):
         root: folder that the other paths start from.
         names: names of the classes; null to read `root/classes.txt`, a line a class.
         train_images, train_masks, val_images, val_masks: folder of each split, any depth below them.
-        batch_size, num_workers, crop_size, short_side, scale, flip, distort: as in `LabelMapDataModule`.
+        batch_size, num_workers, crop_size, short_side, scale, flip, distort, check_images, skip_damaged: as in
+            `LabelMapDataModule`.
 
     Raises:
         ValueError: naming the file, and how many there are, where an image has no mask or a mask no image, where two
@@ -116,8 +114,12 @@ class MaskFolderDataModule(LabelMapDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         distort: float = 0.5,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
+        super().__init__(
+            batch_size, num_workers, crop_size, short_side, scale, flip, distort, check_images, skip_damaged
+        )
         self.save_hyperparameters(logger=False)
         base = Path(root)
         self.folders = {
@@ -129,7 +131,10 @@ class MaskFolderDataModule(LabelMapDataModule):
             raise ValueError(f"there are {len(self.class_names)} names, but 2 to {IGNORED} classes are possible")
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
-        return LabelMapDataset(pairs(*self.folders[split]), len(self.class_names), first_class=0, transform=transform)
+        check = LabelCheck()
+        files = pairs(*self.folders[split], check)
+        self.report(check, self.folders[split][0])
+        return LabelMapDataset(files, len(self.class_names), first_class=0, transform=transform)
 
 
 class ADE20KDataModule(LabelMapDataModule):
@@ -140,7 +145,8 @@ class ADE20KDataModule(LabelMapDataModule):
 
     Args:
         root: the folder.
-        batch_size, num_workers, crop_size, short_side, scale, flip, distort: as in `LabelMapDataModule`.
+        batch_size, num_workers, crop_size, short_side, scale, flip, distort, check_images, skip_damaged: as in
+            `LabelMapDataModule`.
 
     Raises:
         ValueError: as `MaskFolderDataModule`.
@@ -158,8 +164,12 @@ class ADE20KDataModule(LabelMapDataModule):
         scale: tuple[float, float] = (0.5, 2.0),
         flip: float = 0.5,
         distort: float = 0.5,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers, crop_size, short_side, scale, flip, distort)
+        super().__init__(
+            batch_size, num_workers, crop_size, short_side, scale, flip, distort, check_images, skip_damaged
+        )
         self.save_hyperparameters(logger=False)
         self.root = Path(root)
         self.class_names = self.read_object_info(self.root / "objectInfo150.txt")
@@ -178,7 +188,9 @@ class ADE20KDataModule(LabelMapDataModule):
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
         folder = {"train": "training", "val": "validation"}[split]
-        files = pairs(self.root / "images" / folder, self.root / "annotations" / folder)
+        check = LabelCheck()
+        files = pairs(self.root / "images" / folder, self.root / "annotations" / folder, check)
+        self.report(check, self.root)
         return LabelMapDataset(files, self.CLASSES, first_class=1, transform=transform)
 
 
@@ -207,46 +219,70 @@ class LabelMapDataset(Dataset[Any]):
     def name_of(self, index: int) -> str:
         return str(self.files[index][0])
 
+    def look(self, index: int) -> None:
+        """Raises DamagedError where image or mask, by their headers, can't be read, or are of different sizes."""
+        path, mask = self.files[index]
+        with open_mask(mask) as opened:
+            check_equal_size(path, read_size(path), mask, opened.size)
+
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.transform(*self.read(index))
+
+    def read(self, index: int) -> tuple[Tensor, Tensor]:
+        """Image and label map as they are on disk, classes from 0."""
         path, mask = self.files[index]
         image = tv_tensors.Image(read_image(path))
         values = read_mask(mask)
-        if values.shape != image.shape[-2:]:
-            height, width = image.shape[-2:]
-            raise ValueError(
-                f"{mask}: is {values.shape[1]} x {values.shape[0]}, but its image {path.name} is {width} x {height}"
-            )
+        check_equal_size(path, tuple(image.shape[:-3:-1]), mask, values.shape[::-1])
         last = self.num_classes - 1 + self.first_class
         wrong = (values > last) & (values != IGNORED)
         if wrong.any():
             found = dict(zip(*(part.tolist() for part in np.unique(values[wrong], return_counts=True)), strict=True))
             told = ", ".join(f"{value} ({count} pixels)" for value, count in list(found.items())[:5])
-            raise ValueError(
+            raise DamagedError(
                 f"{mask}: holds {len(found)} values that are no class: {told}; {self.first_class} to {last} are "
                 f"classes, {IGNORED}{' and 0 stand' if self.first_class else ' stands'} for none"
             )
         if self.first_class:
             values = np.where((values < self.first_class) | (values == IGNORED), IGNORED, values - self.first_class)
-        return self.transform(image, tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8))))
+        return image, tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Values (H, W) of a PNG of one channel; numbers of the colours where it has a palette."""
+def check_equal_size(path: Path, size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> None:
+    """Raises DamagedError where an image and its mask differ in (width, height)."""
+    if size != mask_size:
+        raise DamagedError(
+            f"{mask}: is {mask_size[0]} x {mask_size[1]}, but its image {path.name} is {size[0]} x {size[1]}"
+        )
+
+
+@contextmanager
+def open_mask(path: Path) -> Iterator[Image.Image]:
+    """A PNG of one channel, or with a palette. Raises DamagedError naming the file, also for what is read meanwhile."""
     try:
         with Image.open(path) as image:
             if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
                 raise ValueError(f"mode {image.mode}: one channel is needed, or a palette, with a class for each pixel")
-            return np.asarray(image).astype(np.int64)
+            yield image
+    except DamagedError:
+        raise
     except UNREADABLE as error:
-        raise ValueError(f"{path}: not a readable mask ({error})") from error
+        raise DamagedError(f"{path}: not a readable mask ({error})") from error
 
 
-def pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
+def read_mask(path: Path) -> np.ndarray:
+    """Values (H, W) of a mask; numbers of the colours where it has a palette."""
+    with open_mask(path) as image:
+        return np.asarray(image).astype(np.int64)
+
+
+def pairs(images: Path, masks: Path, check: LabelCheck) -> list[tuple[Path, Path]]:
     """Images below a folder, sorted, each with the PNG of equal relative name below the other folder.
 
+    Faults for `check`: images without masks or the other way round, names that are there under several suffixes.
+
     Raises:
-        ValueError: a folder that is not there or empty, images without masks or the other way round, each mask that
-            several images would have; names the first, and counts.
+        ValueError: a folder that is not there or empty.
     """
     found = {}
     for folder, suffixes in ((images, IMAGE_SUFFIXES), (masks, {".png"})):
@@ -256,18 +292,14 @@ def pairs(images: Path, masks: Path) -> list[tuple[Path, Path]]:
         if not files:
             raise ValueError(f"{folder}: no files in it that end in {', '.join(sorted(suffixes))}")
         names = [path.relative_to(folder).with_suffix("") for path in files]
-        if repeated := [name for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(
-                f"{folder}: {repeated[0]} is there under several suffixes ({len(repeated)} such names); keep one"
-            )
+        for name in (name for name, count in Counter(names).items() if count > 1):
+            check.fail(f"{folder}: {name} is there under several suffixes; keep one")
         found[folder] = dict(zip(names, files, strict=True))
     for some, others, what in ((images, masks, "mask"), (masks, images, "image")):
-        if lonely := sorted(found[some].keys() - found[others].keys()):
-            raise ValueError(
-                f"{found[some][lonely[0]]}: has no {what} in {others}, as {len(lonely)} of {len(found[some])} files in "
-                f"{some}; each image needs a PNG of its name, and each PNG an image"
-            )
-    return [(path, found[masks][name]) for name, path in found[images].items()]
+        for name in sorted(found[some].keys() - found[others].keys()):
+            check.fail(f"{found[some][name]}: has no {what} in {others}; each image needs a PNG of its name, and each "
+                       "PNG an image")  # fmt: skip
+    return [(path, found[masks][name]) for name, path in found[images].items() if name in found[masks]]
 
 
 def read_names(file: Path) -> list[str]:

@@ -1,5 +1,6 @@
 """The order of an epoch, and random numbers for each sample: both of seed, epoch and place alone."""
 
+import logging
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, DistributedSampler
 
+from shunted_lit.data.reading import DamagedError
 from shunted_lit.seeds import mixed, seed_sample
+
+log = logging.getLogger(__name__)
 
 Key = tuple[int, int, int, int]  # index, and what its random numbers follow from: seed, epoch, place in the epoch
 
@@ -45,10 +49,16 @@ class Order(DistributedSampler):
 
 
 class Seeded(Dataset[Any]):
-    """A data set by the keys of `Order`: random numbers of a sample are its own, whoever loads it, and when."""
+    """A data set by the keys of `Order`: random numbers of a sample are its own, whoever loads it, and when.
 
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
+    Args:
+        dataset: raises DamagedError for an image that can't be read.
+        limit: so many of these are left out, and told; the next one takes their place.
+    """
+
+    def __init__(self, dataset: Any, limit: int = 0):
+        self.dataset, self.limit = dataset, limit
+        self.damaged = torch.zeros(len(dataset) if limit else 0, dtype=torch.bool).share_memory_()  # of all workers
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -57,7 +67,28 @@ class Seeded(Dataset[Any]):
         index, *rest = key if isinstance(key, tuple) else (key,)  # a plain one from Lightning's overfit_batches
         if rest:
             seed_sample(*rest)
-        return self.dataset[index]
+        if not self.limit:
+            return self.dataset[index]
+        for place in range(index, index + len(self)):
+            index = place % len(self)
+            if not self.damaged[index]:
+                try:
+                    return self.dataset[index]
+                except DamagedError as error:
+                    self.leave_out(index, error)
+        raise ValueError("all training images are damaged")
+
+    def leave_out(self, index: int, error: DamagedError) -> None:
+        """Counts an image that is damaged. Raises ValueError where the limit is reached."""
+        self.damaged[index] = True
+        count = len(self.left_out())
+        if count > self.limit:
+            raise ValueError(f"{error}; {count} training images are damaged, but skip_damaged is {self.limit}")
+        log.warning("%s; is left out, as %d of up to %d", error, count, self.limit)
+
+    def left_out(self) -> list[int]:
+        """Images that turned out to be damaged."""
+        return self.damaged.nonzero().flatten().tolist()
 
 
 def outlive_signals(worker: int) -> None:

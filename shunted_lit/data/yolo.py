@@ -9,16 +9,9 @@ from typing import Any
 import yaml
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import (
-    IMAGE_SUFFIXES,
-    BadBoxes,
-    DetectionDataModule,
-    FolderDataset,
-    LabelCheck,
-    Record,
-    Sample,
-    read_lines,
-)
+from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
+from shunted_lit.data.faults import BadBoxes, LabelCheck
+from shunted_lit.data.reading import IMAGE_SUFFIXES, read_lines
 from shunted_lit.data.segments import Segment
 
 SLACK = 1e-3  # of the image: what six decimals and a resize round
@@ -38,6 +31,7 @@ class YoloDataModule(DetectionDataModule):
         batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
         bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many.
         annotation: "boxes", or "masks" to read polygons as masks; from the task, in `shunted-lit`.
+        check_images, skip_damaged: as in `BaseDataModule`.
 
     Raises:
         ValueError: naming the file and line, where data.yaml or a label file is not as above, a class is not among
@@ -54,8 +48,10 @@ class YoloDataModule(DetectionDataModule):
         crop: float = 0.5,
         bad_boxes: BadBoxes = "error",
         annotation: str | None = None,
+        check_images: bool = True,
+        skip_damaged: int = 0,
     ):
-        super().__init__(batch_size, num_workers, flip, distort, crop, annotation)
+        super().__init__(batch_size, num_workers, flip, distort, crop, annotation, check_images, skip_damaged)
         self.save_hyperparameters(logger=False)
         self.file, self.bad_boxes = Path(data), bad_boxes
         self.content = read_data_yaml(self.file)
@@ -73,7 +69,7 @@ class YoloDataModule(DetectionDataModule):
             boxes, labels, segments = read_labels(label, self.class_names, check, masks)
             records.append(Record(image, i, boxes, labels, segments=segments if masks else None))
         find_orphans(images, labelled, check)
-        check.report(self.file)
+        self.report(check, self.file)
         return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
 
 
@@ -95,9 +91,12 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: names has the keys {list(names)}, but numbers 0 to {len(names) - 1} are needed")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list):
-        raise ValueError(f"{file}: names is {names!r}; a list, or a mapping from 0, 1, ... is needed")
-    if None in names or len(set(map(str, names))) != len(names):
-        raise ValueError(f"{file}: names holds an empty or a repeated name: {names}")
+        raise ValueError(f"{file}: names is a {type(names).__name__}; a list, or a mapping from 0, 1, ... is needed")
+    for label, name in enumerate(names):
+        if not isinstance(name, str | int | float):  # lists in it, which YAML's aliases may make huge, are not printed
+            raise ValueError(f"{file}: the name of class {label} is a {type(name).__name__}, but text is needed")
+    if repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
+        raise ValueError(f"{file}: names holds {repeated[0]!r} twice")
     if content.get("nc", len(names)) != len(names):
         raise ValueError(f"{file}: nc is {content['nc']!r}, but names has {len(names)} entries")
     return {**content, "names": [str(name) for name in names]}

@@ -1,6 +1,7 @@
 """What all tasks share: optimizer, schedule, names of the classes."""
 
 import bisect
+import importlib
 import inspect
 import logging
 import math
@@ -21,6 +22,17 @@ from shunted_lit.seeds import seed_step
 from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
 
 log = logging.getLogger(__name__)
+
+
+def class_of(config: Any) -> type["BaseTask"]:
+    """The task that a config, of class_path and init_args, names."""
+    module, _, name = config.class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def annotation_for(config: Any) -> str | None:
+    """What data have to come with for a task as configured; None for no task."""
+    return class_of(config).annotation_for(config.init_args) if config else None
 
 
 class Schedule(LambdaLR):

@@ -1,0 +1,63 @@
+"""`shunted-lit check`: all that is wrong with a data set, in one go."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from shunted_lit.data import BaseDataModule
+from shunted_lit.data.faults import DataError, look_through
+from shunted_lit.tasks import BaseTask
+from shunted_lit.tasks.base import annotation_for
+
+HELP = """Looks at a data set and prints all that is wrong with it: labels, and the headers of images and masks; with
+--decode, their pixels as well. In parallel (data.num_workers). A config of `shunted-lit fit` works as it is."""
+
+
+def check(words: Sequence[str]) -> None:
+    """The command line.
+
+    Raises:
+        ValueError: there are faults; how many. They are printed.
+    """
+    parser = ArgumentParser(prog="shunted-lit check", description=HELP)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a config, as for fit; may be given repeatedly")
+    parser.add_subclass_arguments(BaseDataModule, "data", required=True)
+    parser.add_subclass_arguments(BaseTask, "model", required=False, help="tells what to look at: boxes, or masks too")
+    parser.add_argument("--decode", type=bool, default=False, help="read all pixels, which takes as long as an epoch")
+    for other in ("trainer", "checkpoint", "report", "seed_everything", "ckpt_path", "weights_only"):
+        parser.add_argument(f"--{other}", type=Any, help="of fit; not looked at")
+    parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
+    for name in ("num_classes", "class_names"):  # which a config of fit leaves out
+        parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+    config = parser.parse_args(list(words))
+    config.model = None  # once it has told what it learns from
+    faults, count = faults_of(parser.instantiate(config).data, config.decode)
+    for fault in faults:
+        print(fault)
+    if faults:
+        raise ValueError(f"{len(faults)} fault{'' if len(faults) == 1 else 's'} in {count} images")
+    print(f"{count} images, nothing wrong with them{'' if config.decode else ', by labels and headers'}")
+
+
+def faults_of(data: BaseDataModule, decode: bool = False) -> tuple[list[str], int]:
+    """All that is wrong with a data set, and how many images it has.
+
+    Args:
+        data: the set.
+        decode: whether to read pixels, not only labels and headers.
+    """
+    data.faults = faults = []  # gathered, where a reader of labels would raise
+    count = 0
+    for split in ("train", "val"):
+        try:
+            dataset: Any = data.build_dataset(split, data.eval_transform)
+        except DataError as error:
+            faults += error.faults
+        except ValueError as error:  # which leaves nothing to look at
+            faults.append(str(error))
+        else:
+            count += len(dataset)
+            if hasattr(dataset, "look"):
+                faults += look_through(dataset, data.num_workers, decode, split).values()
+    return faults, count
