@@ -47,13 +47,22 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": study,
 }
 
-EPILOG = "Besides: " + ", ".join(f"shunted-lit {name} --help" for name in sorted([*COMMANDS, "check", "yolo"]))
+EPILOG = f"Besides: {', '.join(sorted([*COMMANDS, 'check', 'yolo']))}; each tells more by --help."
 
 YOLO_HELP = """usage: shunted-lit yolo yaml --base BASE --out FILE      write a model YAML with the neck in it
        shunted-lit yolo weights --model FILE --out FILE  write a checkpoint of it, with the weights of its base
        shunted-lit yolo train|val|predict|export ...     as Ultralytics' own `yolo ...`, which then knows the neck
 
 The first two tell more by --help. All need Ultralytics (AGPL-3.0): pip install 'shunted-lit[ultralytics]'"""
+
+
+# What stops a run from outside, by torch's words.
+ADVICE = {
+    "DataLoader worker": "\nA process that loads data died, most often for lack of memory: a smaller data.num_workers "
+    "or data.batch_size may help; --ckpt_path last goes on.",
+    "out of memory": "\nA smaller data.batch_size with --trainer.accumulate_grad_batches, "
+    "--model.grad_checkpointing true, or --trainer.precision bf16-mixed takes less.",
+}
 
 
 def new_version(root: Path) -> int:
@@ -109,8 +118,8 @@ class ShuntedCLI(LightningCLI):
         super().parse_arguments(parser, [*words[:1], *self.from_checkpoint, *words[1:]])
 
     def _parse_ckpt_path(self) -> None:
-        """Lightning lets the hyperparameters in a checkpoint win over config and command line; here it says so, and
-        those which evaluation may change are as asked for."""
+        """The hyperparameters in a checkpoint win over config and command line, as in Lightning, which does not say so,
+        nor read checkpoints of its Python interface; those which evaluation may change are as asked for."""
         config = self.config[self.config.subcommand]
         self.goes_on: Path | None = None  # folder of the run, where it is the same run
         self.steps_done: int | None = None  # of that run
@@ -125,6 +134,7 @@ class ShuntedCLI(LightningCLI):
                 log.warning("%s: there is no last.ckpt of a run yet, so a new one begins", folder or root)
         if config.ckpt_path is None and self.config.subcommand != "fit":
             raise ValueError(f"{self.config.subcommand} needs trained weights: name a checkpoint by --ckpt_path")
+        content: dict[str, Any] = {}
         if config.ckpt_path is not None:
             path = Path(config.ckpt_path)
             content = read_checkpoint(path) if path.is_file() else {}
@@ -137,9 +147,12 @@ class ShuntedCLI(LightningCLI):
                     config.model.init_args[name] = None if name == "weights" else False
         asked = dict(config.model.init_args)
         task = config.model.class_path
-        super()._parse_ckpt_path()
-        found = self.config[self.config.subcommand].model.class_path
-        if found != task:
+        found = content.get("hyper_parameters", {}).get("_class_path", f"shunted_lit.tasks.{content.get('task')}")
+        kept = {name: value for name, value in content.get("hyper_parameters", {}).items() if not name.startswith("_")}
+        if kept and found == task:
+            settings = {self.config.subcommand: {"model": {"class_path": found, "dict_kwargs": kept}}}
+            self.config = self.parser.parse_object(settings, self.config)
+        if content and found != task:
             raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {task.rpartition('.')[2]}")
         of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
         adjustable = class_of(config.model).adjustable if self.from_checkpoint else ()
@@ -283,10 +296,17 @@ def command() -> None:
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
         print(f"shunted-lit: error: {essence(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        advice = next((advice for known, advice in ADVICE.items() if known in str(error)), None)
+        if advice is None:
+            raise
+        print(f"shunted-lit: error: {essence(str(error))} {advice}", file=sys.stderr)
+        sys.exit(2)
 
 
 def essence(message: str) -> str:
     """The message for the user in what a data worker's traceback, or jsonargparse's list of types tried, wraps it."""
-    message = message.rpartition("ValueError: ")[2].strip()
+    if message.startswith("Caught "):
+        message = re.split(r"^[\w.]*(?:Error|Exception): ", message, flags=re.MULTILINE)[-1].strip()
     tried = re.findall(r"^  - (?!Expected a )(.+?)(?=^  - |^Given value)", message, re.MULTILINE | re.DOTALL)
     return tried[0].strip() if tried else message

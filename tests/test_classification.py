@@ -82,7 +82,10 @@ def metrics(folder, name):
 def run(digits, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     return fit(
-        f"--config={ROOT / 'configs/digits.yaml'}", f"--data.root={digits}", f"--trainer.default_root_dir={folder}"
+        f"--config={ROOT / 'configs/digits.yaml'}",
+        f"--data.root={digits}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.max_epochs=6",
     )
 
 

@@ -96,7 +96,7 @@ def test_a_module_is_named_in_the_message():
 
 def test_a_pickle_called_safetensors_is_no_safetensors():
     as_pickle("evil.safetensors")
-    with pytest.raises(ValueError, match="evil.safetensors: not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"evil.safetensors: not a readable checkpoint"):
         read_checkpoint("evil.safetensors")
     assert not Path("ran").exists()
 

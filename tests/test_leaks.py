@@ -1,0 +1,138 @@
+"""Long runs: memory stays flat, and a data worker that dies is told.
+
+SHUNTED_LIT_LONG=1 makes them as long as README says: 2,000 steps, and 10,000 predictions.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+LONG = os.environ.get("SHUNTED_LIT_LONG") == "1"
+
+# A process of its own: what other tests have left can't hide what grows here.
+SAMPLED = """
+import gc, sys
+import torch
+from lightning.pytorch import Callback
+from shunted_lit.cli import main
+
+torch.set_num_threads(1)
+
+class Sample(Callback):
+    def __init__(self, every: int = 20):
+        self.every, self.count = every, 0
+    def sample(self):
+        self.count += 1
+        if self.count % self.every == 0:
+            gc.collect()
+            pages = int(open("/proc/self/statm").read().split()[1])
+            print("sample", self.count, pages * 4096 / 2**20, flush=True)
+    def on_train_batch_end(self, *_):
+        self.sample()
+    def on_predict_batch_end(self, *_):
+        self.sample()
+
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def samples(*words):
+    """MiB of a command's process, by the batches done."""
+    done = subprocess.run(
+        [sys.executable, "-c", SAMPLED, *words, "--trainer.enable_progress_bar=false"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("sample ")]
+    return {int(count): float(size) for _, count, size in rows}
+
+
+def growth(found):
+    """MiB from the middle third of the batches to the last, the highest of each."""
+    third = max(found) / 3
+    return max(v for k, v in found.items() if k > 2 * third) - max(
+        v for k, v in found.items() if third < k <= 2 * third
+    )
+
+
+TRAIN = {
+    "classes": ["--model=ClassificationTask", "--model.backbone=resnet10t", "--data=ShapesDataModule", "--data.size=32",
+                "--model.mixup=0.8", "--model.random_erasing=0.2"],
+    "boxes": ["--model=DetectionTask", "--model.backbone=resnet10t", "--model.neck={depth: 1, num_heads: 4}",
+              "--model.pyramid_channels=64", "--model.min_size=32", "--model.max_size=32", "--data=ShapesDataModule",
+              "--data.size=32"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TRAIN)
+def test_training_takes_no_more_memory_with_time(kind):
+    steps = 2000 if LONG else 200
+    found = samples(
+        "fit", *TRAIN[kind], "--data.batch_size=2", "--data.num_workers=0", "--data.train_size=200",
+        "--data.val_size=4", f"--trainer.max_epochs={steps // 100}", "--trainer.check_val_every_n_epoch=4", "--trainer.callbacks+=Sample",
+    )  # fmt: skip
+    assert max(found) == steps
+    assert growth(found) < 10, found
+
+
+def test_prediction_takes_no_more_memory_with_time(folder):
+    from shunted_lit.tasks import DetectionTask
+
+    task = DetectionTask(
+        2, backbone="resnet10t", pyramid_channels=64, min_size=32, max_size=32, neck={"depth": 1, "num_heads": 4},
+        detector_options={"score_thresh": 0.0, "detections_per_img": 3},
+    )  # fmt: skip
+    names = {"task": "DetectionTask", "class_names": task.class_names, "hyper_parameters": dict(task.hparams)}
+    torch.save({"state_dict": task.state_dict(), "pytorch-lightning_version": "2.6.0", **names}, "run.ckpt")
+    count = 10_000 if LONG else 400
+    (folder / "images").mkdir()
+    for i in range(count):
+        Image.new("RGB", (32 + i % 7, 32), (i % 256, 90, 90)).save(folder / f"images/{i:05d}.png")
+    found = samples(
+        "predict", "--ckpt_path=run.ckpt", "--data.images=images", "--data.num_workers=0", "--predictions.min_score=0",
+        "--trainer.callbacks+=Sample",
+    )  # fmt: skip
+    assert max(found) == count
+    assert growth(found) < 10, found
+    assert len(list((folder / "predictions/pictures").iterdir())) == count
+
+
+def test_a_data_worker_that_dies_is_told():
+    """SIGKILL, as the kernel sends where memory is short."""
+    words = ["fit", *TRAIN["classes"], "--data.batch_size=2", "--data.num_workers=2", "--data.train_size=4000",
+             "--trainer.max_epochs=9", "--trainer.enable_progress_bar=false"]  # fmt: skip
+    with Path("log.txt").open("w") as log:
+        run = subprocess.Popen([sys.executable, "-m", "shunted_lit", *words], stdout=log, stderr=log)
+    try:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        rows = Path("runs/version_0/metrics.csv")
+        while not rows.exists() and run.poll() is None:
+            time.sleep(0.05)
+        workers = [pid for pid in map(int, children.read_text().split()) if "shunted_lit" in command_of(pid)]
+        assert len(workers) >= 2
+        os.kill(workers[0], signal.SIGKILL)
+        assert run.wait(60) == 2
+    finally:
+        run.kill()
+        run.wait()
+    told = Path("log.txt").read_text()
+    assert "Traceback" not in told
+    assert f"DataLoader worker (pid {workers[0]}" in told or f"DataLoader worker (pid(s) {workers[0]}" in told
+    assert "A process that loads data died, most often for lack of memory" in told
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
