@@ -82,7 +82,8 @@ def test_training_takes_no_more_memory_with_time(kind):
     steps = 2000 if LONG else 200
     found = samples(
         "fit", *TRAIN[kind], "--data.batch_size=2", "--data.num_workers=0", "--data.train_size=200",
-        "--data.val_size=4", f"--trainer.max_epochs={steps // 100}", "--trainer.check_val_every_n_epoch=4", "--trainer.callbacks+=Sample",
+        "--data.val_size=4", f"--trainer.max_epochs={steps // 100}", "--trainer.check_val_every_n_epoch=4",
+        "--trainer.callbacks+=Sample",
     )  # fmt: skip
     assert max(found) == steps
     assert growth(found) < 10, found

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.plugins import MixedPrecision
 
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
 from shunted_lit.data.scenes import write_scenes
-from shunted_lit.tasks import BaseTask, DetectionTask
+from shunted_lit.tasks import BaseTask, ClassificationTask, DetectionTask
 
 BOXES = ["fit", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.max_epochs=2",
          "--model=DetectionTask", "--model.backbone=test_resnet", "--model.extra_levels=0",
@@ -88,3 +90,46 @@ def test_images_without_an_object_train():
     cli = main([*BOXES, "--data=YoloDataModule", "--data.data=set/data.yaml", *FEW, "--data.batch_size=2"])
     assert cli.trainer.global_step == 8
     assert all(value.isfinite().all() for value in cli.model.parameters())
+
+
+def test_float16_that_overflows_for_ever_stops_the_run(tmp_path):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-5)
+    task = ClassificationTask(5, backbone="test_resnet", lr=1e-3)
+    task.model.fc.bias.data.fill_(torch.nan)
+    data = ShapesDataModule(size=32, train_size=80, val_size=4, batch_size=4, num_workers=0, annotation="class")
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    trainer = Trainer(accelerator="cpu", plugins=[plugin], max_epochs=1, num_sanity_val_steps=0, logger=False,
+                      enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    with pytest.raises(ValueError, match=r"float16 overflows at a loss scale of 0\.000488281 still in step 6"):
+        trainer.fit(task, data)
+    assert len(torch.load("nonfinite_rank_0.pt", weights_only=True)["names"]) == 4
+
+
+def test_float16_leaves_a_step_that_overflows_out_and_scales_down():
+    """With a real scaler, on the CPU: Lightning's own choice there is bfloat16."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    task = ClassificationTask(5, backbone="test_resnet", lr=1e-3)
+    data = ShapesDataModule(size=32, train_size=24, val_size=4, batch_size=4, num_workers=0, annotation="class")
+    seen = {}
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen["before"] = {key: value.clone() for key, value in module.named_parameters()}
+            if trainer.current_epoch == 0 and batch_idx == 2:
+                self.handle = module.model.register_forward_hook(lambda *_: _[-1] * 1e8)  # beyond float16
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            after = dict(module.named_parameters())
+            moved = any(not value.equal(seen["before"][key]) for key, value in after.items())
+            seen.setdefault("moved", []).append(moved)
+            seen.setdefault("scale", []).append(scaler.get_scale())
+            assert all(value.isfinite().all() for value in after.values())
+            if trainer.current_epoch == 0 and batch_idx == 2:
+                self.handle.remove()
+
+    trainer = Trainer(accelerator="cpu", plugins=[plugin], max_epochs=2, logger=False, callbacks=[Watch()],
+                      enable_checkpointing=False, enable_progress_bar=False)  # fmt: skip
+    trainer.fit(task, data)
+    assert seen["moved"] == [number != 2 for number in range(12)]
+    assert seen["scale"] == [1024.0] * 2 + [512.0] * 10

@@ -23,6 +23,8 @@ from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
 
 log = logging.getLogger(__name__)
 
+LEAST_SCALE = 2.0**-10  # of the loss in float16, which begins at 2 ** 16 and is halved where a step overflows
+
 
 def class_of(config: Any) -> type["BaseTask"]:
     """The task that a config, of class_path and init_args, names."""
@@ -226,6 +228,9 @@ class BaseTask(LightningModule):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Raises ValueError where the gradients are no numbers: no step is taken, and no checkpoint has it."""
         if self.has_scaler():  # float16 may overflow: its scaler leaves such a step out and scales down
+            scale = self.trainer.precision_plugin.scaler.get_scale()  # type: ignore[attr-defined]
+            if scale < LEAST_SCALE:
+                self.stop_on(f"float16 overflows at a loss scale of {scale:g} still")
             return
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if not torch.isfinite(norm):
