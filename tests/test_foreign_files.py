@@ -17,6 +17,8 @@ from PIL import Image
 from shunted_lit import ShuntedBackbone, ShuntedTransformer  # noqa: F401 - registers the models
 from shunted_lit.cli import main
 from shunted_lit.data import CocoDataModule, ImageFolderDataModule, YoloDataModule
+from shunted_lit.data.label_maps import read_mask
+from shunted_lit.data.reading import DamagedError, read_image, read_size
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.weights import read_checkpoint
@@ -139,6 +141,18 @@ def test_an_image_that_unpacks_to_gigabytes_is_refused_unread(folder):
         data.datasets["train"].read(1)
     with pytest.raises(ValueError, match=told):
         main(["attention", str(bomb), "--ckpt=none.ckpt", "--point=1,1"])
+
+
+def test_postscript_in_an_image_is_not_run(tmp_path):
+    """PIL would hand it to Ghostscript."""
+    path = tmp_path / "image.png"
+    path.write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(ran) (w) file closefile\n%%EOF\n"
+    )
+    assert Image.open(path).format == "EPS"
+    for read in (read_image, read_size, read_mask):
+        with pytest.raises(DamagedError, match=r"image.png: not a readable "):
+            read(path)
 
 
 def test_a_text_that_unpacks_to_gigabytes_is_no_image(folder):

@@ -17,7 +17,15 @@ from torchvision.transforms import v2
 
 from shunted_lit.data.base import BaseDataModule, as_floats, collate, other_colours
 from shunted_lit.data.faults import LabelCheck
-from shunted_lit.data.reading import IMAGE_SUFFIXES, UNREADABLE, DamagedError, read_image, read_lines, read_size
+from shunted_lit.data.reading import (
+    FORMATS,
+    IMAGE_SUFFIXES,
+    UNREADABLE,
+    DamagedError,
+    read_image,
+    read_lines,
+    read_size,
+)
 
 log = logging.getLogger(__name__)
 
@@ -260,7 +268,7 @@ def check_equal_size(path: Path, size: tuple[int, ...], mask: Path, mask_size: t
 def open_mask(path: Path) -> Iterator[Image.Image]:
     """A PNG of one channel, or with a palette. Raises DamagedError naming the file, also for what is read meanwhile."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.mode not in ("1", "L", "P") and not image.mode.startswith("I"):
                 raise ValueError(f"mode {image.mode}: one channel is needed, or a palette, with a class for each pixel")
             yield image

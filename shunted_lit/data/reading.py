@@ -11,6 +11,10 @@ from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
+# By content, whatever the suffix; of others that PIL knows, some have programs of their own run, as EPS does.
+Image.init()
+FORMATS = tuple(name for name in ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP") if name in Image.OPEN)
+
 
 class DamagedError(ValueError):
     """An image or a mask that can't be read, or is not of the size that it should be."""
@@ -23,7 +27,7 @@ UNREADABLE = (ImportError, OSError, SyntaxError, ValueError, Image.Decompression
 def read_image(path: Path | str) -> Image.Image:
     """An image in RGB, upright. Raises DamagedError naming the file where it is missing or can't be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
             if upright.mode.startswith(("I", "F")):  # 16 bits a pixel or more, which PIL would clip to white
                 pixels = np.asarray(upright, dtype=np.float64)
@@ -54,7 +58,7 @@ def read_size(path: Path | str) -> tuple[int, int]:
         DamagedError: naming the file.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             # Of a TIFF file PIL tells the size as it is once turned; in a PNG file it may stand behind the pixels.
             known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
