@@ -6,7 +6,6 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from shunted_lit.data import BaseDataModule
-from shunted_lit.data.faults import DataError, look_through
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import annotation_for
 
@@ -32,32 +31,12 @@ def check(words: Sequence[str]) -> None:
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
     config = parser.parse_args(list(words))
     config.model = None  # once it has told what it learns from
-    faults, count = faults_of(parser.instantiate(config).data, config.decode)
+    data = parser.instantiate(config).data
+    faults = [fault for split in ("train", "val") for kind in data.look(split, config.decode) for fault in kind]
+    count = sum(len(dataset) for dataset in data.datasets.values())
     for fault in faults:
         print(fault)
     if faults:
         raise ValueError(f"{len(faults)} fault{'' if len(faults) == 1 else 's'} in {count} images")
-    print(f"{count} images, nothing wrong with them{'' if config.decode else ', by labels and headers'}")
-
-
-def faults_of(data: BaseDataModule, decode: bool = False) -> tuple[list[str], int]:
-    """All that is wrong with a data set, and how many images it has.
-
-    Args:
-        data: the set.
-        decode: whether to read pixels, not only labels and headers.
-    """
-    data.faults = faults = []  # gathered, where a reader of labels would raise
-    count = 0
-    for split in ("train", "val"):
-        try:
-            dataset: Any = data.build_dataset(split, data.eval_transform)
-        except DataError as error:
-            faults += error.faults
-        except ValueError as error:  # which leaves nothing to look at
-            faults.append(str(error))
-        else:
-            count += len(dataset)
-            if hasattr(dataset, "look"):
-                faults += look_through(dataset, data.num_workers, decode, split).values()
-    return faults, count
+    how = "" if config.decode else ", by labels and headers; --decode true reads pixels, too"
+    print(f"{count} images, nothing wrong with them{how}")

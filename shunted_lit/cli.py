@@ -11,7 +11,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -118,9 +118,14 @@ class ShuntedCLI(LightningCLI):
         super().parse_arguments(parser, [*words[:1], *self.from_checkpoint, *words[1:]])
 
     def _parse_ckpt_path(self) -> None:
-        """The hyperparameters in a checkpoint win over config and command line, as in Lightning, which does not say so,
-        nor read checkpoints of its Python interface; those which evaluation may change are as asked for."""
+        """Hyperparameters in a checkpoint win over config and command line, as in Lightning, which does not say so, nor
+        read checkpoints of its Python interface; those which evaluation may change are as asked for."""
         config = self.config[self.config.subcommand]
+        for name in ("trainer", "checkpoint", "report", "predictions"):
+            if name in config and not isinstance(config[name], Namespace):
+                raise ValueError(f"{name} is {config[name]!r}, but settings by name are needed, as in {name}: {{a: 1}}")
+        if config.trainer.check_val_every_n_epoch == 0:
+            raise ValueError("trainer.check_val_every_n_epoch is 0, but 1 or more, or null, is needed")
         self.goes_on: Path | None = None  # folder of the run, where it is the same run
         self.steps_done: int | None = None  # of that run
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
@@ -144,6 +149,8 @@ class ShuntedCLI(LightningCLI):
                 self.steps_done = content["global_step"]
             for name in ("weights", "pretrained"):  # the checkpoint's weights come after them
                 if name in config.model.init_args:
+                    if config.model.init_args[name]:
+                        log.warning("model.%s is not used: the weights are those of %s", name, path)
                     config.model.init_args[name] = None if name == "weights" else False
         asked = dict(config.model.init_args)
         task = config.model.class_path

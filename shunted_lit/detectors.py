@@ -40,6 +40,8 @@ class Pyramid(nn.Module):
         super().__init__()
         if extra_levels not in self.EXTRA:
             raise ValueError(f"extra_levels is {extra_levels}; choose one of {sorted(self.EXTRA)}")
+        if out_channels < 1:
+            raise ValueError(f"pyramid_channels is {out_channels}, but 1 or more are needed")
         channels = list(body.channels.values())
         self.body = body
         self.fpn = FeaturePyramidNetwork(channels, out_channels, self.EXTRA[extra_levels](channels[-1], out_channels))

@@ -56,7 +56,9 @@ def checked(capsys, *words):
 
 @pytest.mark.parametrize("words", [YOLO, COCO, MASKS], ids=["yolo", "coco", "masks"])
 def test_a_whole_set_is_whole(words, capsys):
-    assert checked(capsys, *words) == ["16 images, nothing wrong with them, by labels and headers"]
+    assert checked(capsys, *words) == [
+        "16 images, nothing wrong with them, by labels and headers; --decode true reads pixels, too"
+    ]
     assert checked(capsys, *words, "--decode=true") == ["16 images, nothing wrong with them"]
 
 
@@ -126,7 +128,9 @@ def test_classes_in_folders(folder, capsys):
             (folder / "classes" / split / name).mkdir(parents=True)
             shutil.copy(folder / "images/val/000000.png", folder / "classes" / split / name / "a.png")
     words = ["--data=ImageFolderDataModule", "--data.root=set/classes"]
-    assert checked(capsys, *words) == ["4 images, nothing wrong with them, by labels and headers"]
+    assert checked(capsys, *words) == [
+        "4 images, nothing wrong with them, by labels and headers; --decode true reads pixels, too"
+    ]
     (folder / "classes/train/dog/b.png").write_bytes(b"no image")
     assert checked(capsys, *words)[0].startswith("set/classes/train/dog/b.png: not a readable image")
 
@@ -152,9 +156,7 @@ def test_the_exit_code(folder, monkeypatch, capsys):
 def test_fit_tells_all_damaged_headers_before_it_begins(folder):
     for split, i in (("train", 3), ("train", 5), ("val", 1)):
         (folder / f"images/{split}/{i:06d}.png").write_bytes(b"no image")
-    with pytest.raises(
-        ValueError, match=r"(?s)train/000003.*train/000005.*val/000001.*images: 3 faults; --data.skip_d"
-    ):
+    with pytest.raises(ValueError, match=r"(?s)train/000003.*train/000005.*val/000001.*data: 3 faults; --data.skip_d"):
         main([*FIT])
     assert not list(Path("runs").glob("*/metrics.csv"))
 
@@ -230,3 +232,54 @@ def test_logs_of_workers_reach_the_terminal(folder, capfd):
     logging.basicConfig(format="%(message)s", force=True)
     main([*FIT, "--data.skip_damaged=1", "--data.num_workers=1"])
     assert "set/images/train/000006.png: not a readable image" in capfd.readouterr().err
+
+
+def test_one_fault_hides_no_other(folder, capsys):
+    """Bytes that are no text, a label that leads nowhere, ids twice, images that are missing in a list."""
+    labels = folder / "labels/train"
+    (labels / "000001.txt").write_bytes(b"0 0.5 0.5 0.1 \xff")
+    (labels / "000002.txt").unlink()
+    (labels / "000002.txt").symlink_to("nowhere.txt")
+    (labels / "000003.txt").write_text("77 0.5 0.5 0.1 0.1\n")
+    found = checked(capsys, *YOLO)
+    assert [Path(line.partition(":")[0].partition(",")[0]).name for line in found[:-1]] == [
+        "000001.txt", "000002.txt", "000003.txt",
+    ]  # fmt: skip
+    (folder / "list.txt").write_text("images/train/000004.png\nnone.png\nimages/train/000004.png\nnor.png\n")
+    content = (folder / "data.yaml").read_text().replace("images/train", "list.txt")
+    (folder / "data.yaml").write_text(content)
+    found = checked(capsys, *YOLO)
+    assert sum("there is no image" in line for line in found) == 2
+    assert sum("or one is named twice" in line for line in found) == 1
+
+    file = folder / "annotations/train.json"
+    content = json.loads(file.read_text())
+    content["annotations"][3]["id"] = content["annotations"][2]["id"]
+    del content["annotations"][5]["bbox"]
+    content["images"][2]["id"] = "x"
+    content["images"][4]["width"] = 10**400
+    file.write_text(json.dumps(content))
+    (folder / "images/val/000001.png").write_bytes(b"")
+    told = "\n".join(checked(capsys, *COCO))
+    for words in (
+        "twice",
+        "annotations[5] needs id",
+        "has the id 'x'",
+        "width and height as whole numbers",
+        "val/000001",
+    ):
+        assert words in told
+
+
+def test_labels_and_images_of_both_splits_are_told_by_fit_at_once(folder):
+    (folder / "labels/train/000001.txt").write_text("77 0.5 0.5 0.1 0.1\n")
+    (folder / "labels/val/000001.txt").write_text("78 0.5 0.5 0.1 0.1\n")
+    (folder / "images/train/000003.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"(?s)class 77.*train/000003.*class 78.*data: 3 faults"):
+        main(FIT)
+
+
+def test_the_same_images_for_both_splits_are_told(folder, caplog):
+    (folder / "data.yaml").write_text((folder / "data.yaml").read_text().replace("images/val", "images/train"))
+    main(["check", *YOLO])
+    assert "train and val are the same images" in caplog.text

@@ -351,3 +351,30 @@ def test_help_names_the_other_commands(capsys):
     told = " ".join(capsys.readouterr().out.split())
     commands = re.search(r"Besides: (.*); each tells more by --help", told)[1].split(", ")
     assert commands == sorted([*COMMANDS, "check", "yolo"])
+
+
+@pytest.mark.parametrize("config", ["trainer: 5", "trainer: null", "trainer: [1]", "checkpoint: [1]", "checkpoint: null",
+                                    "report: 3", "trainer: {limit_train_batches: 0}",
+                                    "trainer: {check_val_every_n_epoch: 0}"])  # fmt: skip
+def test_sections_that_are_none_are_told(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(config)
+    with pytest.raises((ValueError, SystemExit)) as told:
+        main([*SCENES_FIT, "--config=config.yaml"])
+    assert told.type is ValueError or told.value.code == 2
+
+
+SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "--model.pyramid_channels=64",
+              "--model.min_size=32", "--model.max_size=32", "--data=ShapesDataModule", "--data.size=32",
+              "--data.train_size=8", "--data.val_size=2", "--data.num_workers=0"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--model.pyramid_channels=0"], "pyramid_channels is 0"),
+    (["--data=DetectionDataModule"], "DetectionDataModule is a base of data modules"),
+])  # fmt: skip
+def test_settings_that_can_not_be_are_told(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, SystemExit)) as told:
+        main(["fit", "--model=DetectionTask", *words] if "--data" in words[0] else [*SCENES_FIT, *words])
+    assert message in str(told.value) + capsys.readouterr().err

@@ -177,6 +177,32 @@ def test_names_that_unpack_to_gigabytes_are_refused_in_no_time(folder):
             YoloDataModule("set/bomb.yaml")
 
 
+@pytest.mark.parametrize("key", ["nc", "path", "train", "val"])
+def test_other_entries_that_unpack_to_gigabytes(folder, key):
+    write_scenes(folder / "set", train=3, val=2, size=32)
+    content = {"train": "images/train", "val": "images/val", "names": "[a, b, c, d, e]", "path": "."}
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    lines += [f"{name}: {value}" for name, value in {**content, key: "*a11"}.items()]
+    (folder / "set/bomb.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=rf"bomb.yaml: {key} is"):
+        YoloDataModule("set/bomb.yaml").setup("fit")
+
+
+def test_masks_that_unpack_to_gigabytes_are_refused_before_they_are_drawn(folder):
+    write_scenes(folder / "set", train=3, val=2, size=32)
+    file = folder / "set/annotations/train.json"
+    content = json.loads(file.read_text())
+    for image in content["images"]:
+        image.update(width=200_000, height=200_000)
+    content["annotations"][0]["segmentation"] = {"size": [200_000, 200_000], "counts": "5505"}
+    file.write_text(json.dumps(content))
+    data = CocoDataModule("set", "images/train", "annotations/train.json", "images/val", "annotations/val.json",
+                          annotation="masks")  # fmt: skip
+    with pytest.raises(ValueError, match="whole numbers of 178956970 pixels or less together"):
+        data.setup("fit")
+
+
 # --- ways out of a folder
 
 

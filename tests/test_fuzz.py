@@ -68,7 +68,7 @@ def neck_keywords(draw):
 DTYPES = st.sampled_from([torch.float32, torch.float64, torch.bfloat16])
 
 
-def works(model, x, shape, judges_gradients=True):
+def works(model, x, shape):
     """Shape, finite values and gradients, and the same again from the weights; of no image, too."""
     found = model(x)
     assert found.shape == shape
@@ -77,7 +77,7 @@ def works(model, x, shape, judges_gradients=True):
     found.float().square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
-        assert not judges_gradients or parameter.grad.isfinite().all(), name
+        assert parameter.grad.isfinite().all(), name
     twin = copy.deepcopy(model)
     for parameter in twin.parameters():
         parameter.data.zero_()
@@ -129,9 +129,9 @@ def test_a_backbone_works_or_says_why_not(keywords, height, width, batch, dtype)
         assert str(error)
         return
     count = keywords["num_classes"] or keywords["dims"][-1]
-    # oneDNN's bfloat16 gradient of a strided convolution reads memory that no one wrote, where a map has one column.
-    sound = dtype is not torch.bfloat16 or width > 64
-    works(model, torch.randn(batch, 3, height, width, dtype=dtype), (batch, count), sound)
+    if dtype is torch.bfloat16:  # whose strided convolutions read memory that no one wrote, where a map has one column
+        width += 64
+    works(model, torch.randn(batch, 3, height, width, dtype=dtype), (batch, count))
 
 
 @tries(3, 40)

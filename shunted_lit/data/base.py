@@ -74,6 +74,9 @@ class BaseDataModule(LightningDataModule):
         skip_damaged: int = 0,
     ):
         super().__init__()
+        kind = type(self)
+        if kind.setup is BaseDataModule.setup and kind.build_dataset is BaseDataModule.build_dataset:
+            raise ValueError(f"{kind.__name__} is a base of data modules; name one that reads data, by --data")
         self.annotation = annotation or self.offers[0]
         if self.annotation not in self.offers:
             raise ValueError(
@@ -121,10 +124,10 @@ class BaseDataModule(LightningDataModule):
 
     def report(self, check: LabelCheck, source: Path | str) -> None:
         """Raises what a reader of labels has found, or keeps it, where faults are gathered."""
-        if self.faults is None:
-            check.report(source)
-        else:
+        if self.faults is not None:
             self.faults += check.faults
+            check.faults = []
+        check.report(source)
 
     def setup(self, stage: str) -> None:
         for split in ("train", "val") if stage == "fit" else ("val",):
@@ -137,18 +140,41 @@ class BaseDataModule(LightningDataModule):
         stage = self.trainer.state.fn if self.trainer else "fit"
         if not self.check_images or stage == "predict":
             return
-        self.setup(stage or "fit")
-        found: list[str] = []
-        for split, dataset in self.datasets.items():
-            faults = look_through(dataset, self.num_workers, False, split) if hasattr(dataset, "look") else {}
-            if split == "train" and len(faults) <= self.skip_damaged:
-                for fault in faults.values():
-                    log.warning("%s; is left out of training", fault)
-            else:
-                found += faults.values()
+        found, advice = [], ""
+        for split in ("train", "val") if stage == "fit" else ("val",):
+            faults, damaged = self.look(split)
+            if split == "train" and damaged:
+                if len(damaged) <= self.skip_damaged:
+                    for fault in damaged:
+                        log.warning("%s; is left out of training", fault)
+                    damaged = []
+                else:
+                    limit = f"{len(damaged)} training images are damaged, but skip_damaged is {self.skip_damaged}"
+                    advice = f"; --data.skip_damaged leaves some out, and says which ({limit})"
+            found += faults + damaged
         if found:
-            more = f"; --data.skip_damaged leaves up to {self.skip_damaged or 'so many'} training images out"
-            raise DataError(found, "images", more if "train" in self.datasets else "")
+            raise DataError(found, "data", advice)
+
+    def look(self, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
+        """All that is wrong with a split: faults of its labels, and damaged files.
+
+        Args:
+            split: "train" or "val".
+            decode: whether to read the pixels, too.
+        """
+        faults: list[str] = []
+        self.faults = faults
+        transform = self.train_transform if split == "train" else self.eval_transform
+        try:
+            self.datasets[split] = dataset = self.build_dataset(split, transform)
+        except DataError as error:
+            return faults + error.faults, []
+        except (OSError, ValueError) as error:  # which leaves nothing to look at
+            return [*faults, str(error)], []
+        finally:
+            self.faults = None
+        damaged = look_through(dataset, self.num_workers, decode, split) if hasattr(dataset, "look") else []
+        return faults, damaged
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.seeded is not None and (count := len(self.seeded.left_out())):

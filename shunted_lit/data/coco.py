@@ -1,6 +1,7 @@
 """Data in COCO's format: an annotation JSON and a folder of images for each split."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable
 from functools import cached_property
@@ -13,6 +14,7 @@ from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sa
 from shunted_lit.data.faults import BadBoxes, LabelCheck
 from shunted_lit.data.segments import fault_of, is_number
 
+MOST_PIXELS = 178_956_970  # of an image: what PIL refuses to read beyond
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
 
 
@@ -98,22 +100,37 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def by_id(file: Path, kind: str, entries: list[Any], *needed: str) -> dict[int, dict[str, Any]]:
-    """Entries by their id; ValueError where an id repeats or an entry lacks what is needed."""
+def by_id(file: Path, kind: str, entries: list[Any], check: LabelCheck, *needed: str) -> dict[int, dict[str, Any]]:
+    """Entries by their id; faults where an id repeats or an entry lacks what is needed."""
     found: dict[int, dict[str, Any]] = {}
     for i, entry in enumerate(entries):
         if not isinstance(entry, dict) or any(key not in entry for key in ("id", *needed)):
-            raise ValueError(f"{file}: {kind}[{i}] needs {', '.join(('id', *needed))}, but is {str(entry)[:80]}")
-        if not isinstance(entry["id"], int):
-            raise ValueError(f"{file}: {kind}[{i}] has the id {entry['id']!r}; a whole number is needed")
-        if entry["id"] in found:
-            raise ValueError(f"{file}: {kind} holds the id {entry['id']} twice")
-        found[entry["id"]] = entry
+            check.fail(f"{file}: {kind}[{i}] needs {', '.join(('id', *needed))}, but is {str(entry)[:80]}")
+        elif not is_whole(entry["id"]):
+            check.fail(f"{file}: {kind}[{i}] has the id {entry['id']!r}; a whole number is needed")
+        elif entry["id"] in found:
+            check.fail(f"{file}: {kind} holds the id {entry['id']} twice")
+        else:
+            found[entry["id"]] = entry
     return found
 
 
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_side(value: Any) -> bool:
+    """Whether it may be the width or height of an image."""
+    return is_whole(value) and 0 < value <= MOST_PIXELS
+
+
 def read_categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
-    categories = by_id(file, "categories", content["categories"], "name")
+    check = LabelCheck()
+    categories = by_id(file, "categories", content["categories"], check, "name")
+    check.report(file)
+    names = Counter(str(entry["name"]) for entry in categories.values())
+    if repeated := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{file}: categories has the name {repeated[0]!r} twice")
     if not categories:
         raise ValueError(f"{file}: categories is empty; at least one is needed")
     return {number: str(categories[number]["name"]) for number in sorted(categories)}
@@ -129,14 +146,14 @@ def read_records(
     masks: bool,
 ) -> list[Record]:
     """An entry an image of the file, in the order of the ids; crowd regions and segments only where asked for."""
-    images = by_id(file, "images", content["images"], "file_name", "width", "height")
+    images = by_id(file, "images", content["images"], check, "file_name", "width", "height")
     records = {}
     for number in sorted(images):
         image, where = images[number], f"{file}: image {number}"
-        if not (
-            isinstance(image["file_name"], str) and isinstance(image["width"], int) and isinstance(image["height"], int)
-        ):
-            check.fail(f"{where} needs file_name as text, width and height as whole numbers: {image}")
+        sides = (image["width"], image["height"])
+        if not (isinstance(image["file_name"], str) and all(map(is_side, sides)) and math.prod(sides) <= MOST_PIXELS):
+            check.fail(f"{where} needs file_name as text, width and height as whole numbers of {MOST_PIXELS} pixels or "
+                       f"less together: {str(image)[:200]}")  # fmt: skip
         elif ".." in Path(image["file_name"]).parts or Path(image["file_name"]).is_absolute():
             check.fail(f"{where} has the file_name {image['file_name']}, which is not within {folder}")
         else:
@@ -151,10 +168,12 @@ def read_records(
         if record.path.relative_to(folder) not in present:
             check.fail(f"{file}: image {record.image_id} is missing: there is no {record.path}")
     label = {category: i for i, category in enumerate(category_ids)}
-    for number, entry in by_id(file, "annotations", content["annotations"], "image_id", "category_id", "bbox").items():
+    for number, entry in by_id(
+        file, "annotations", content["annotations"], check, "image_id", "category_id", "bbox"
+    ).items():
         where = f"{file}: annotation {number}"
         box = entry["bbox"]
-        if not isinstance(entry["image_id"], int) or entry["image_id"] not in images:
+        if not is_whole(entry["image_id"]) or entry["image_id"] not in images:
             check.fail(f"{where} names image {entry['image_id']!r}, which is not among the {len(images)} images")
         elif not isinstance(entry["category_id"], int) or entry["category_id"] not in label:
             check.fail(f"{where} names category {entry['category_id']!r}, but categories has {category_ids}")

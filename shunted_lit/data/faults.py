@@ -99,8 +99,8 @@ class Looked(Dataset[str]):
         return ""
 
 
-def look_through(dataset: Any, workers: int, decode: bool, what: str) -> dict[int, str]:
-    """Faults of a data set that has `look` and `read`, by the number of the sample; a progress bar meanwhile.
+def look_through(dataset: Any, workers: int, decode: bool, what: str) -> list[str]:
+    """Faults of a data set that has `look` and `read`, in order; a progress bar meanwhile.
 
     Args:
         dataset: `look` reads headers, `read` all of a sample; both raise ValueError.
@@ -116,4 +116,4 @@ def look_through(dataset: Any, workers: int, decode: bool, what: str) -> dict[in
     bar = track(
         told, f"Checking {what}", len(dataset), transient=True, console=console, disable=not console.is_terminal
     )
-    return {index: fault for index, fault in enumerate(bar) if fault}
+    return [fault for fault in bar if fault]

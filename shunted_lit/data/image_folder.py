@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
 
 from shunted_lit.data.base import BaseDataModule
+from shunted_lit.data.faults import LabelCheck
 from shunted_lit.data.reading import IMAGE_SUFFIXES, read_image, read_size
 
 log = logging.getLogger(__name__)
@@ -164,11 +165,13 @@ class ImageFolderDataModule(BaseDataModule):
                 f"{len(self.class_names)} classes are in one split alone); both splits need all classes, with images"
             )
         dataset = ClassFolders(folder, transform)
+        check = LabelCheck()
         for label in sorted(set(range(len(self.class_names))) - set(dataset.targets)):
-            raise ValueError(
+            check.fail(
                 f"{folder / self.class_names[label]}: no image in this class; add some (they end in "
                 f"{', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder from all splits"
             )
+        self.report(check, folder)
         if dataset.unread:
             count, first = len(dataset.unread), dataset.unread[0]
             log.warning("%s: left out %d files that are no images of a class, such as %s", folder, count, first)

@@ -46,7 +46,7 @@ def read_image(path: Path | str) -> Image.Image:
 def read_lines(file: Path) -> list[str]:
     """Lines of a text file. Raises ValueError naming it where it can't be read."""
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable text file ({error})") from error
 

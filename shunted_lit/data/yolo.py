@@ -1,5 +1,6 @@
 """Data in YOLO's format: an existing data.yaml works unchanged."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sa
 from shunted_lit.data.faults import BadBoxes, LabelCheck
 from shunted_lit.data.reading import IMAGE_SUFFIXES, read_lines
 from shunted_lit.data.segments import Segment
+
+log = logging.getLogger(__name__)
 
 SLACK = 1e-3  # of the image: what six decimals and a resize round
 
@@ -59,10 +62,12 @@ class YoloDataModule(DetectionDataModule):
 
     def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
         check = LabelCheck(self.bad_boxes)
-        images = list_images(self.file, self.content, split)
+        images = list_images(self.file, self.content, split, check)
         labelled = [label_path(image) for image in images]
-        if repeated := [label for label, count in Counter(labelled).items() if count > 1]:
-            raise ValueError(f"{self.file}, {split}: {repeated[0]} belongs to several images, or one is named twice")
+        for label in (label for label, count in Counter(labelled).items() if count > 1):
+            check.fail(f"{self.file}, {split}: {label} belongs to several images, or one is named twice")
+        if split == "val" and self.content["train"] == self.content["val"]:
+            log.warning("%s: train and val are the same images, so scores tell nothing of others", self.file)
         masks = self.annotation == "masks"
         records = []
         for i, (image, label) in enumerate(zip(images, labelled, strict=True)):
@@ -97,13 +102,20 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
             raise ValueError(f"{file}: the name of class {label} is a {type(name).__name__}, but text is needed")
     if repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
         raise ValueError(f"{file}: names holds {repeated[0]!r} twice")
-    if content.get("nc", len(names)) != len(names):
-        raise ValueError(f"{file}: nc is {content['nc']!r}, but names has {len(names)} entries")
+    nc = content.get("nc", len(names))
+    if not isinstance(nc, int | float | str) or nc != len(names):
+        told = repr(nc) if isinstance(nc, int | float | str) else f"a {type(nc).__name__}"
+        raise ValueError(f"{file}: nc is {told}, but names has {len(names)} entries")
     return {**content, "names": [str(name) for name in names]}
 
 
-def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
+def list_images(file: Path, content: dict[str, Any], split: str, check: LabelCheck) -> list[Path]:
     """Images of "train" or "val", sorted within each folder or list."""
+    for key in ("path", split):
+        entries = content.get(key) or []
+        for entry in entries if isinstance(entries, list) and key == split else [entries or "."]:
+            if not isinstance(entry, str):
+                raise ValueError(f"{file}: {key} is, or holds, a {type(entry).__name__}, but text is needed")
     root = file.parent / str(content.get("path") or ".")
     if not root.is_dir() and (here := Path(str(content["path"]))).is_dir():
         root = here  # as Ultralytics reads it: from where one works
@@ -111,14 +123,18 @@ def list_images(file: Path, content: dict[str, Any], split: str) -> list[Path]:
     images: list[Path] = []
     for source in (root / str(entry) for entry in sources):
         if source.is_dir():
-            images += sorted(path for path in source.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+            paths = sorted(source.rglob("*"))
+            images += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+            if links := [path for path in paths if path.is_symlink() and path.is_dir()]:
+                log.warning("%s: %d links to folders are not entered, such as %s", source, len(links), links[0])
         elif source.is_file() and source.suffix == ".txt":
             for number, line in enumerate(read_lines(source), 1):
                 if line.strip():
                     image = source.parent / line.strip()
-                    if not image.is_file():
-                        raise ValueError(f"{source}, line {number}: there is no image {image}")
-                    images.append(image)
+                    if image.is_file():
+                        images.append(image)
+                    else:
+                        check.fail(f"{source}, line {number}: there is no image {image}")
         else:
             raise ValueError(f"{file}: {split} names {source}, which is neither a folder nor a .txt list of images")
     if not images:
@@ -157,7 +173,13 @@ def read_labels(
     """
     boxes, labels = [], []
     segments: list[Segment] = []
-    for number, line in enumerate(read_lines(file) if file.exists() else [], 1):
+    try:
+        there = file.exists() or file.is_symlink()  # one that leads nowhere is no background
+        lines = read_lines(file) if there else []
+    except (OSError, ValueError) as error:
+        check.fail(str(error))
+        lines = []
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{file}, line {number}"

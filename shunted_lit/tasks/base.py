@@ -223,7 +223,7 @@ class BaseTask(LightningModule):
     def on_before_backward(self, loss: Tensor) -> None:
         """Raises ValueError where the loss is no number; with several ranks, the gradients tell all of them at once."""
         if not self.has_scaler() and self.trainer.world_size == 1 and not torch.isfinite(loss):
-            self.stop_on(f"the loss is {float(loss)}")
+            self.stop_on(f"the loss is {float(loss.detach())}")
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Raises ValueError where the gradients are no numbers: no step is taken, and no checkpoint has it."""
@@ -285,6 +285,8 @@ class BaseTask(LightningModule):
     def configure_optimizers(self) -> Any:
         """Over the parameters that train; `--trainer.max_epochs` or `max_steps` sets the schedule's length."""
         self.trainer.fit_loop.setup_data()  # which Lightning leaves for later where max_epochs is not given
+        if self.trainer.num_training_batches in (0, float("inf")):  # the latter where limit_train_batches is 0
+            raise ValueError("there is no training batch: limit_train_batches leaves none, or there are too few images")
         total = self.trainer.estimated_stepping_batches
         if total == float("inf"):
             raise ValueError("training has no end, so the learning rate has no schedule: set --trainer.max_epochs")
