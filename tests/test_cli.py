@@ -353,9 +353,11 @@ def test_help_names_the_other_commands(capsys):
     assert commands == sorted([*COMMANDS, "check", "yolo"])
 
 
-@pytest.mark.parametrize("config", ["trainer: 5", "trainer: null", "trainer: [1]", "checkpoint: [1]", "checkpoint: null",
-                                    "report: 3", "trainer: {limit_train_batches: 0}",
-                                    "trainer: {check_val_every_n_epoch: 0}"])  # fmt: skip
+@pytest.mark.parametrize(
+    "config",
+    ["trainer: 5", "trainer: null", "trainer: [1]", "checkpoint: [1]", "checkpoint: null", "report: 3",
+     "trainer: {limit_train_batches: 0}", "trainer: {check_val_every_n_epoch: 0}"],
+)  # fmt: skip
 def test_sections_that_are_none_are_told(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(config)
