@@ -227,9 +227,10 @@ def test_the_header_tells_the_size_that_is_read(folder, suffix, orientation):
     assert read_size(path) == read_image(path).size
 
 
-def test_logs_of_workers_reach_the_terminal(folder, capfd):
+def test_logs_of_workers_reach_the_terminal(folder, capfd, monkeypatch):
     cut(folder / "images/train/000006.png")
-    logging.basicConfig(format="%(message)s", force=True)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    logging.basicConfig(format="%(message)s")
     main([*FIT, "--data.skip_damaged=1", "--data.num_workers=1"])
     assert "set/images/train/000006.png: not a readable image" in capfd.readouterr().err
 

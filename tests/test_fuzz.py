@@ -7,6 +7,7 @@ import copy
 import functools
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -203,6 +204,7 @@ def ends_well(words, monkeypatch, capsys):
     """Runs a command line up to the training, which is left out: a message and exit code 2, or none and no fault."""
     monkeypatch.setattr(Trainer, "fit", functools.wraps(Trainer.fit)(lambda *_, **__: None))
     monkeypatch.setattr("sys.argv", ["shunted-lit", *words])
+    monkeypatch.setattr(logging.root, "handlers", [])  # those of other tests may write to what is closed
     try:
         command()
         code = 0
