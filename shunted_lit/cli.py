@@ -154,13 +154,15 @@ class ShuntedCLI(LightningCLI):
                     config.model.init_args[name] = None if name == "weights" else False
         asked = dict(config.model.init_args)
         task = config.model.class_path
-        found = content.get("hyper_parameters", {}).get("_class_path", f"shunted_lit.tasks.{content.get('task')}")
-        kept = {name: value for name, value in content.get("hyper_parameters", {}).items() if not name.startswith("_")}
+        hyper, name = content.get("hyper_parameters", {}), task.rpartition(".")[2]
+        same = content.get("task", name) == name  # by its name, where no command line has told a path
+        found = hyper.get("_class_path", task if same else content.get("task"))
+        kept = {name: value for name, value in hyper.items() if not name.startswith("_")}
         if kept and found == task:
             settings = {self.config.subcommand: {"model": {"class_path": found, "dict_kwargs": kept}}}
             self.config = self.parser.parse_object(settings, self.config)
-        if content and found != task:
-            raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {task.rpartition('.')[2]}")
+        if found != task:
+            raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {name}")
         of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
         adjustable = class_of(config.model).adjustable if self.from_checkpoint else ()
         arguments = self.config[self.config.subcommand].model.init_args

@@ -22,6 +22,7 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
     Raises:
         ValueError: a file that is not there, can't be read, or holds nothing by name.
     """
+    packed = False
     try:
         if str(path).endswith(".safetensors"):
             with safetensors.safe_open(path, "pt") as file:
@@ -30,28 +31,29 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
             if keywords:
                 content = {"state_dict": content, "hyper_parameters": {"neck": json.loads(keywords)}}
         else:
-            check_stored(path)
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            packed = is_packed(path)
+            content = None if packed else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
     except UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"holds {blocked[1]}, which is more than weights" if blocked else "is no checkpoint"
-        why = "may unpack to any size" if str(error) == "compressed" else "can run code"
-        raise ValueError(f"{path}: {what}, and is not loaded, as such files {why}") from error
+        raise ValueError(f"{path}: {what}, and is not loaded, as such files can run code") from error
     except Exception as error:  # whatever a damaged file makes of torch's and safetensors' readers
         raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+    if packed:
+        raise ValueError(f"{path}: is no checkpoint, and is not loaded, as such files may unpack to any size")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path}: holds no weights by name")
     return dict(content)
 
 
-def check_stored(path: str | PathLike) -> None:
-    """Raises UnpicklingError for an archive with compressed parts: torch stores, and these may unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise UnpicklingError("compressed")
+def is_packed(path: str | PathLike) -> bool:
+    """Whether a file is an archive with compressed parts: torch stores, and these may unpack to any size."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,8 +143,9 @@ def load_known_parts(
     """
     mine = model.state_dict()
 
-    def of(some: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-        return {name: value for name, value in some.items() if name.startswith(tuple(f"{part}." for part in parts))}
+    def of(some: Mapping[str, Any], parts: Sequence[str], inside: bool = True) -> dict[str, Any]:
+        prefixes = tuple(f"{part}." for part in parts)
+        return {name: value for name, value in some.items() if name.startswith(prefixes) is inside}
 
     left_out = [part for part in optional if of(mine, [part]) and not of(weights, [part])]
     told_anew = list(left_out)
@@ -150,7 +153,7 @@ def load_known_parts(
     if misfit(of(mine, heads), of(weights, heads)):
         left_out += heads
         told_anew += ["the head, as the file has " + ("one of other classes" if of(weights, heads) else "none")]
-    wanted, given = ({n: v for n, v in some.items() if n not in of(some, left_out)} for some in (mine, weights))
+    wanted, given = (of(some, left_out, inside=False) for some in (mine, weights))
     if told := misfit(wanted, given):
         advice = model.weights_advice(given) if isinstance(model, SourceWeights) else ""
         raise ValueError(f"{source}: weights do not fit: {told}. {advice}".rstrip())

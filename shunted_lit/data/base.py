@@ -129,11 +129,20 @@ class BaseDataModule(LightningDataModule):
             check.faults = []
         check.report(source)
 
+    def dataset(self, split: str) -> Any:
+        """The data set of "train" or "val", built once."""
+        if split not in self.datasets:
+            transform = self.train_transform if split == "train" else self.eval_transform
+            self.datasets[split] = self.build_dataset(split, transform)
+        return self.datasets[split]
+
+    @staticmethod
+    def splits(stage: str | None) -> tuple[str, ...]:
+        return ("train", "val") if stage == "fit" else ("val",)
+
     def setup(self, stage: str) -> None:
-        for split in ("train", "val") if stage == "fit" else ("val",):
-            if split not in self.datasets:
-                transform = self.train_transform if split == "train" else self.eval_transform
-                self.datasets[split] = self.build_dataset(split, transform)
+        for split in self.splits(stage):
+            self.dataset(split)
 
     def prepare_data(self) -> None:
         """Reads the headers of all images, once a machine; what is damaged is told in one go."""
@@ -141,8 +150,10 @@ class BaseDataModule(LightningDataModule):
         if not self.check_images or stage == "predict":
             return
         found, advice = [], ""
-        for split in ("train", "val") if stage == "fit" else ("val",):
+        for split in self.splits(stage):
             faults, damaged = self.look(split)
+            if faults:
+                self.datasets.pop(split, None)  # which lacks what is at fault
             if split == "train" and damaged:
                 if len(damaged) <= self.skip_damaged:
                     for fault in damaged:
@@ -164,9 +175,8 @@ class BaseDataModule(LightningDataModule):
         """
         faults: list[str] = []
         self.faults = faults
-        transform = self.train_transform if split == "train" else self.eval_transform
         try:
-            self.datasets[split] = dataset = self.build_dataset(split, transform)
+            dataset = self.dataset(split)
         except DataError as error:
             return faults + error.faults, []
         except (OSError, ValueError) as error:  # which leaves nothing to look at
@@ -350,9 +360,10 @@ class FolderDataset(Dataset[Sample]):
         """Raises DamagedError where the image, by its header, can't be read, or the boxes are not of it."""
         record = self.records[index]
         size = read_size(record.path)
-        if record.size not in (None, size):
-            size = read_image(record.path).size  # which is sure
-        self.boxes(record, *size)
+        if record.size in (None, size):
+            self.boxes(record, *size)
+        else:
+            self.read(index)  # which is sure
 
     def __getitem__(self, index: int) -> Sample:
         return self.transform(*self.read(index))

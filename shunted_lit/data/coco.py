@@ -175,7 +175,7 @@ def read_records(
         box = entry["bbox"]
         if not is_whole(entry["image_id"]) or entry["image_id"] not in images:
             check.fail(f"{where} names image {entry['image_id']!r}, which is not among the {len(images)} images")
-        elif not isinstance(entry["category_id"], int) or entry["category_id"] not in label:
+        elif not is_whole(entry["category_id"]) or entry["category_id"] not in label:
             check.fail(f"{where} names category {entry['category_id']!r}, but categories has {category_ids}")
         elif not (isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)):
             check.fail(f"{where}: bbox is {box}, but four finite numbers x y width height are needed")

@@ -231,7 +231,9 @@ class LabelMapDataset(Dataset[Any]):
         """Raises DamagedError where image or mask, by their headers, can't be read, or are of different sizes."""
         path, mask = self.files[index]
         with open_mask(mask) as opened:
-            check_equal_size(path, read_size(path), mask, opened.size)
+            size = opened.size
+        if read_size(path) != size:
+            self.read(index)  # which is sure
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         return self.transform(*self.read(index))
@@ -241,7 +243,11 @@ class LabelMapDataset(Dataset[Any]):
         path, mask = self.files[index]
         image = tv_tensors.Image(read_image(path))
         values = read_mask(mask)
-        check_equal_size(path, tuple(image.shape[:-3:-1]), mask, values.shape[::-1])
+        if values.shape != image.shape[-2:]:
+            height, width = image.shape[-2:]
+            raise DamagedError(
+                f"{mask}: is {values.shape[1]} x {values.shape[0]}, but its image {path.name} is {width} x {height}"
+            )
         last = self.num_classes - 1 + self.first_class
         wrong = (values > last) & (values != IGNORED)
         if wrong.any():
@@ -254,14 +260,6 @@ class LabelMapDataset(Dataset[Any]):
         if self.first_class:
             values = np.where((values < self.first_class) | (values == IGNORED), IGNORED, values - self.first_class)
         return image, tv_tensors.Mask(torch.from_numpy(values.astype(np.uint8)))
-
-
-def check_equal_size(path: Path, size: tuple[int, ...], mask: Path, mask_size: tuple[int, ...]) -> None:
-    """Raises DamagedError where an image and its mask differ in (width, height)."""
-    if size != mask_size:
-        raise DamagedError(
-            f"{mask}: is {mask_size[0]} x {mask_size[1]}, but its image {path.name} is {size[0]} x {size[1]}"
-        )
 
 
 @contextmanager
