@@ -5,17 +5,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.fcos import FCOSHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, remove_small_boxes
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from shunted_lit.features import FeaturePath, groups_of_a_size
+from shunted_lit.ranks import mean_over_ranks, world_size
 
 
 class Pyramid(nn.Module):
@@ -53,6 +56,16 @@ class Pyramid(nn.Module):
         return self.fpn(self.body(x))
 
 
+class SharedFCOSHead(FCOSHead):
+    """torchvision's, with losses over the places of all processes that have an object, not over a process's own."""
+
+    def compute_loss(self, targets: Any, head_outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> Any:
+        losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        own = torch.stack([(indices >= 0).sum() for indices in matched_idxs]).sum()
+        factor = own.clamp(min=1) / mean_over_ranks(own).clamp(min=1 / world_size())
+        return {name: loss * factor for name, loss in losses.items()} if world_size() > 1 else losses
+
+
 def fcos(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> FCOS:
     """FCOS (Tian et al., ICCV 2019): one square a place, of the stride's size, tells which objects are a level's."""
     if pyramid.out_channels % 32:
@@ -60,7 +73,8 @@ def fcos(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: An
     sizes = tuple((anchor_scale * stride,) for stride in pyramid.strides)
     anchors = AnchorGenerator(sizes, ((1.0,),) * len(sizes))
     keywords = {"center_sampling_radius": 1.5 / anchor_scale, **keywords}  # 1.5 strides, whatever the anchors
-    return FCOS(pyramid, num_classes, anchor_generator=anchors, **keywords)
+    head = SharedFCOSHead(pyramid.out_channels, anchors.num_anchors_per_location()[0], num_classes)
+    return FCOS(pyramid, num_classes, **{"anchor_generator": anchors, "head": head, **keywords})
 
 
 def retinanet(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> RetinaNet:

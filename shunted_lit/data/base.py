@@ -18,7 +18,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from shunted_lit.data.faults import DataError, LabelCheck, look_through
-from shunted_lit.data.order import Order, Seeded, outlive_signals
+from shunted_lit.data.order import Order, Seeded, Share, outlive_signals
 from shunted_lit.data.reading import IMAGE_SUFFIXES, DamagedError, read_image, read_size
 from shunted_lit.data.segments import Segment, draw_segment
 
@@ -221,6 +221,16 @@ class BaseDataModule(LightningDataModule):
         keys = itertools.islice(self.order(epoch, batch_idx * self.batch_size), self.batch_size)
         return [dataset.name_of(index) for index, *_ in keys]
 
+    def share(self, dataset: Any) -> Share | None:
+        """Of this process in evaluation or prediction; None where it is alone."""
+        if self.trainer is None or self.trainer.world_size == 1:
+            return None
+        if len(dataset) < self.trainer.world_size:
+            raise ValueError(
+                f"there are {len(dataset)} images for {self.trainer.world_size} devices; each needs one: take fewer"
+            )
+        return Share(dataset, self.trainer.world_size, self.trainer.global_rank)
+
     def train_dataloader(self) -> DataLoader[Any]:
         epoch, start = self.trainer.current_epoch if self.trainer else 0, 0
         if self.resumed.get("epoch", -1) >= epoch:  # Lightning asks before it knows where the run is
@@ -230,7 +240,7 @@ class BaseDataModule(LightningDataModule):
         return self.loader(self.seeded, sampler=order, drop_last=self.drop_last())
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader(self.datasets["val"])
+        return self.loader(self.datasets["val"], sampler=self.share(self.datasets["val"]))
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self.val_dataloader()

@@ -48,6 +48,25 @@ class Order(DistributedSampler):
             yield int(images[place]), self.seed, self.epoch, place
 
 
+class Share(DistributedSampler):
+    """Images of one of several processes that evaluate together: each image is one's, and none is there twice.
+
+    Args:
+        dataset: of which only the length is asked for.
+        replicas, rank: as in `Order`.
+    """
+
+    def __init__(self, dataset: Any, replicas: int, rank: int):
+        super().__init__(dataset, replicas, rank, shuffle=False)
+        self.indices = range(rank, len(dataset), replicas)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 class Seeded(Dataset[Any]):
     """A data set by the keys of `Order`: random numbers of a sample are its own, whoever loads it, and when.
 

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2.functional import to_dtype
@@ -126,6 +126,7 @@ class ClassificationTask(BaseTask):
         }
         self.val_accuracy = MetricCollection(dict(accuracy), prefix="val/", compute_groups=False)
         self.test_accuracy = self.val_accuracy.clone(prefix="test/")
+        self.mean_loss = MeanMetric()  # Lightning's mean over processes cuts the number of images to a whole one each
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.layer_decay is None:
@@ -170,7 +171,8 @@ class ClassificationTask(BaseTask):
         images, labels = batch
         logits = self(images)
         accuracy.update(logits, labels)
-        self.log(f"{stage}/loss", F.cross_entropy(logits, labels), batch_size=len(images), sync_dist=True)
+        self.mean_loss.update(F.cross_entropy(logits, labels, reduction="none"))
+        self.log(f"{stage}/loss", self.mean_loss, batch_size=len(images))
         self.log_dict(accuracy, prog_bar=True, batch_size=len(images))
 
     def draw(self, path: Path, samples: Sequence[tuple[Tensor, int]]) -> None:

@@ -4,15 +4,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
 from shunted_lit.detectors import DETECTORS, build_detector, detect
 from shunted_lit.features import FeaturePath
 from shunted_lit.pictures import draw_predictions
+from shunted_lit.ranks import gathered
 from shunted_lit.tasks.base import BaseTask
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
+
+
+class MeanAP(MeanAveragePrecision):
+    """torchmetrics', which hangs where processes have other numbers of images."""
+
+    def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
+        for name in self._defaults:
+            own = apply_to_collection(getattr(self, name), Tensor, Tensor.cpu)
+            setattr(self, name, gathered(own))
 
 
 class DetectionTask(BaseTask):
@@ -126,7 +137,7 @@ class DetectionTask(BaseTask):
         kinds: list[Any] = ["bbox"] if self.annotation == "boxes" else ["bbox", "segm"]
         # One a kind: one for both would take small and large of the masks by the boxes' areas.
         self.mean_ap: Any = nn.ModuleDict(
-            {kind: MeanAveragePrecision(iou_type=kind, backend="faster_coco_eval") for kind in kinds}
+            {kind: MeanAP(iou_type=kind, backend="faster_coco_eval") for kind in kinds}
         )
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
@@ -162,7 +173,7 @@ class DetectionTask(BaseTask):
 
     def draw(self, path: Path, samples: Sequence[tuple[Tensor, dict[str, Any]]]) -> None:
         images, truths = zip(*samples, strict=True)
-        results = [result for image in images for result in self([image.to(self.device)])]
+        results = [result for image in images for result in self([image.to(self.device, self.dtype)])]
         predictions = [{key: value.cpu() for key, value in result.items()} for result in results]
         draw_predictions(path, images, truths, predictions, self.class_names)
 

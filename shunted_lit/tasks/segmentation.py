@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from shunted_lit.data.label_maps import IGNORED
 from shunted_lit.features import FeaturePath, groups_of_a_size
 from shunted_lit.pictures import draw_maps
+from shunted_lit.ranks import mean_over_ranks, world_size
 from shunted_lit.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
 
@@ -191,7 +192,7 @@ class SegmentationTask(BaseTask):
 
     def draw(self, path: Path, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         images, truths = zip(*samples, strict=True)
-        maps = [logits.argmax(0).cpu() for image in images for logits in self([image.to(self.device)])]
+        maps = [logits.argmax(0).cpu() for image in images for logits in self([image.to(self.device, self.dtype)])]
         draw_maps(path, images, truths, maps, self.class_names)
 
     def _log_scores(self, stage: str) -> None:
@@ -236,6 +237,6 @@ class SegmentationTask(BaseTask):
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean over the labelled pixels of (B, classes, H, W) and (B, H, W); 0 where there is none."""
-    labelled = (target != IGNORED).sum().clamp(min=1)
+    """Mean over the labelled pixels of (B, classes, H, W) and (B, H, W), of all processes; 0 where there is none."""
+    labelled = mean_over_ranks((target != IGNORED).sum()).clamp(min=1 / world_size())
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum") / labelled

@@ -1,0 +1,31 @@
+"""What processes that train together tell each other, besides their gradients."""
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of the processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Of a number that each process has; all of them have to ask.
+
+    A loss over the count of all processes, such as that of all labelled pixels, needs it: gradients are averaged over
+    processes, so a loss over the count of its own would be another one than in a single process.
+    """
+    if world_size() == 1:
+        return value
+    total = value.detach().double()
+    dist.all_reduce(total)
+    return (total / world_size()).to(value.dtype if value.is_floating_point() else total.dtype)
+
+
+def gathered(values: list[Any]) -> list[Any]:
+    """Those of all processes, in their order; any number of each."""
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
