@@ -56,8 +56,17 @@ YOLO_HELP = """usage: shunted-lit yolo yaml --base BASE --out FILE      write a 
 The first two tell more by --help. All need Ultralytics (AGPL-3.0): pip install 'shunted-lit[ultralytics]'"""
 
 
-# What stops a run from outside, by torch's words.
+ANOTHER = (
+    "\nAnother process of this run has ended, or can't be reached; its own last words, on its machine, tell why. "
+    "--ckpt_path last goes on."
+)
+# What stops a run from outside, by the words of torch, gloo and NCCL.
 ADVICE = {
+    "closed by peer": ANOTHER,
+    "reset by peer": ANOTHER,
+    "remote process exited": ANOTHER,
+    "Timed out waiting": ANOTHER,
+    "Connect timeout": ANOTHER,
     "DataLoader worker": "\nA process that loads data died, most often for lack of memory: a smaller data.num_workers "
     "or data.batch_size may help; --ckpt_path last goes on.",
     "out of memory": "\nA smaller data.batch_size with --trainer.accumulate_grad_batches, "
@@ -297,19 +306,22 @@ def advertises_nothing(record: logging.LogRecord) -> bool:
 
 def command() -> None:
     """The console command: an error of the user's is a line on the terminal and exit code 2, not a traceback."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("shunted_lit").setLevel(logging.INFO)
-    logging.getLogger("timm.models._builder").setLevel(logging.INFO)  # what of a file's weights was used
+    rank = getattr(rank_zero_only, "rank", None) or 0  # what all processes would say, the first one says
+    name = f"shunted-lit: rank {rank}" if rank else "shunted-lit"
+    logging.basicConfig(format=f"{name}: %(message)s" if rank else "%(message)s")
+    level = logging.WARNING if rank else logging.INFO
+    logging.getLogger("shunted_lit").setLevel(level)
+    logging.getLogger("timm.models._builder").setLevel(level)  # what of a file's weights was used
     try:
         main()
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
-        print(f"shunted-lit: error: {essence(str(error))}", file=sys.stderr)
+        print(f"{name}: error: {essence(str(error))}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         advice = next((advice for known, advice in ADVICE.items() if known in str(error)), None)
         if advice is None:
             raise
-        print(f"shunted-lit: error: {essence(str(error))} {advice}", file=sys.stderr)
+        print(f"{name}: error: {essence(str(error))} {advice}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -317,5 +329,6 @@ def essence(message: str) -> str:
     """The message for the user in what a data worker's traceback, or jsonargparse's list of types tried, wraps it."""
     if message.startswith("Caught "):
         message = re.split(r"^[\w.]*(?:Error|Exception): ", message, flags=re.MULTILINE)[-1].strip()
+    message = re.sub(r"^\[\S+\.cc:\d+\] |This is typically caused by.*", "", message).strip()  # gloo's
     tried = re.findall(r"^  - (?!Expected a )(.+?)(?=^  - |^Given value)", message, re.MULTILINE | re.DOTALL)
     return tried[0].strip() if tried else message

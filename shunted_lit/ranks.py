@@ -1,5 +1,6 @@
 """What processes that train together tell each other, besides their gradients."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -29,3 +30,14 @@ def gathered(values: list[Any]) -> list[Any]:
     parts: list[list[Any]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
+
+
+def agree(facts: Mapping[str, Any]) -> None:
+    """Raises ValueError, in all processes, where they do not have the same; else they would wait for each other."""
+    if world_size() == 1:
+        return
+    of_all = gathered([facts])
+    for name, first in of_all[0].items():
+        for rank, theirs in enumerate(of_all):
+            if theirs[name] != first:
+                raise ValueError(f"{name}: {first} in rank 0, but {theirs[name]} in rank {rank}; all need the same")

@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning
+import timm
 import torch
+import torchvision
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from timm.optim import param_groups_weight_decay
@@ -18,6 +21,8 @@ from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+import shunted_lit
+from shunted_lit.ranks import agree
 from shunted_lit.seeds import seed_step
 from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
 
@@ -189,8 +194,14 @@ class BaseTask(LightningModule):
             )
 
     def setup(self, stage: str) -> None:
+        data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
-            self.check_data(getattr(self.trainer, "datamodule", None))
+            self.check_data(data)
+        versions = {
+            package.__name__: package.__version__ for package in (shunted_lit, torch, torchvision, lightning, timm)
+        }
+        sizes = {f"images of {split}": len(dataset) for split, dataset in getattr(data, "datasets", {}).items()}
+        agree({**versions, **sizes, "classes": self.class_names, "settings": dict(self.hparams)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__  # so that a file alone tells what it is

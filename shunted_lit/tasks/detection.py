@@ -136,9 +136,7 @@ class DetectionTask(BaseTask):
         self.annotation = DETECTORS[detector].annotation
         kinds: list[Any] = ["bbox"] if self.annotation == "boxes" else ["bbox", "segm"]
         # One a kind: one for both would take small and large of the masks by the boxes' areas.
-        self.mean_ap: Any = nn.ModuleDict(
-            {kind: MeanAP(iou_type=kind, backend="faster_coco_eval") for kind in kinds}
-        )
+        self.mean_ap: Any = nn.ModuleDict({kind: MeanAP(iou_type=kind, backend="faster_coco_eval") for kind in kinds})
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Images [(3, H_i, W_i)] in 0..1 -> [{"boxes": (n, 4) x1 y1 x2 y2 in pixels, "labels", "scores": (n,)}], and
