@@ -1,6 +1,8 @@
 """Nothing of a user's is overwritten: commands write to new files and folders."""
 
+import hashlib
 from pathlib import Path
+from typing import Any
 
 
 def check_new(out: Path) -> None:
@@ -15,3 +17,11 @@ def check_new_file(out: Path, suffix: str) -> None:
         raise ValueError(f"{out}: the name must end in {suffix}")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or name another file")
+
+
+def digest(*contents: Any) -> str:
+    """By which bytes, or arrays of bytes, are known again."""
+    found = hashlib.sha256()
+    for content in contents:
+        found.update(content)
+    return found.hexdigest()[:16]

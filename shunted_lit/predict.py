@@ -2,14 +2,14 @@
 
 import csv
 import json
+import logging
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
@@ -20,11 +20,16 @@ from shunted_lit.data import ImagesDataModule
 from shunted_lit.data.image_folder import in_validation
 from shunted_lit.data.reading import read_image
 from shunted_lit.data.segments import run_lengths
+from shunted_lit.files import digest
+from shunted_lit.parts import Parts
 from shunted_lit.pictures import picture_of_boxes, picture_of_class, picture_of_map, png_palette
 from shunted_lit.tasks import BaseTask
 from shunted_lit.weights import read_checkpoint
 
+log = logging.getLogger(__name__)
+
 Record = dict[str, Any]
+PARTS = ".parts"  # in the folder that is written to, until all images are done
 
 
 class Writer:
@@ -35,13 +40,18 @@ class Writer:
         names: of all images, by their number.
         class_names: name of each class.
         min_score: least score of what is written.
+        pictures: whether to draw.
     """
 
     folders: Mapping[str, str]  # of the files an image, and their suffix
     tables: Sequence[str]  # files of all images together
 
-    def __init__(self, out: Path, names: Sequence[str], class_names: Sequence[str], min_score: float):
+    def __init__(
+        self, out: Path, names: Sequence[str], class_names: Sequence[str], min_score: float, pictures: bool = True
+    ):
         self.out, self.names, self.class_names, self.min_score = out, names, class_names, min_score
+        if not pictures:
+            self.folders = {folder: suffix for folder, suffix in self.folders.items() if folder != "pictures"}
 
     def path(self, folder: str, index: int) -> Path:
         return self.out / folder / f"{self.names[index]}{self.folders[folder]}"
@@ -50,19 +60,25 @@ class Writer:
         """Raises ValueError where the folder holds what this run would not write: two runs would be mixed up."""
         mine = {self.path(folder, i) for folder in self.folders for i in range(len(self.names))}
         mine |= {self.out / table for table in self.tables}
-        others = sorted(path for path in self.out.rglob("*") if path.is_file() and path not in mine)
+        parts = self.out / PARTS
+        others = sorted(p for p in self.out.rglob("*") if p.is_file() and p not in mine and parts not in p.parents)
         if others:
             raise ValueError(
                 f"{others[0]}: is in the folder to write to, but not of these images ({len(others)} such files); "
                 "name another folder by --predictions.out"
             )
 
-    def write(self, index: int, image: Image.Image, prediction: Any) -> Record:
-        """Writes the files of an image; returns what its tables need."""
+    def write(self, index: int, size: tuple[int, int], prediction: Any) -> Record:
+        """Writes the files of an image of this height and width; returns what its tables need, plain values."""
         raise NotImplementedError
 
-    def finish(self, records: Sequence[Record]) -> str:
-        """Writes the tables, from the records of all images in order; returns what was found, in words."""
+    def draw(self, image: Tensor, prediction: Any) -> Image.Image:
+        """The picture of a prediction on its image (3, H, W), uint8."""
+        raise NotImplementedError
+
+    def finish(self, records: Iterable[Record]) -> str:
+        """Writes the tables, from the records of all images in order, read as often as needed; returns what was found,
+        in words."""
         raise NotImplementedError
 
     def save(self, folder: str, index: int, picture: Image.Image) -> None:
@@ -73,10 +89,9 @@ class Writer:
     def write_names(self) -> None:
         (self.out / "classes.txt").write_text("".join(f"{name}\n" for name in self.class_names), encoding="utf-8")
 
-    def told(self, labels: Sequence[int]) -> str:
+    def told(self, counts: "Counter[int]") -> str:
         """How many there are of each class, the frequent ones first."""
-        counts = Counter(labels).most_common()
-        first = ", ".join(f"{self.class_names[label]} {count}" for label, count in counts[:5])
+        first = ", ".join(f"{self.class_names[label]} {count}" for label, count in counts.most_common(5))
         return first + (", ..." if len(counts) > 5 else "")
 
 
@@ -88,16 +103,20 @@ class BoxWriter(Writer):
     folders = {"pictures": ".png", "labels": ".txt"}  # noqa: RUF012
     tables = ("predictions.json", "classes.txt")
 
-    def write(self, index: int, image: Image.Image, prediction: dict[str, Tensor]) -> Record:
+    def kept(self, prediction: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = prediction["scores"] >= self.min_score
         if "masks" in prediction:
             kept &= prediction["masks"].flatten(1).any(1)  # one without a pixel is no object
-        found = {key: value[kept].cpu() for key, value in prediction.items()}
-        self.save("pictures", index, picture_of_boxes(pil_to_tensor(image), found, self.class_names, self.min_score))
-        size = torch.tensor([image.width, image.height])
+        return {key: value[kept].cpu() for key, value in prediction.items()}
+
+    def draw(self, image: Tensor, prediction: dict[str, Tensor]) -> Image.Image:
+        return picture_of_boxes(image, self.kept(prediction), self.class_names, self.min_score)
+
+    def write(self, index: int, size: tuple[int, int], prediction: dict[str, Tensor]) -> Record:
+        found, (height, width) = self.kept(prediction), size
         corners = found["boxes"].float()
         fractions = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
-        fractions /= torch.cat([size, size])
+        fractions /= torch.tensor([width, height, width, height])
         labels, scores = found["labels"].tolist(), found["scores"].tolist()
         path = self.path("labels", index)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,22 +138,33 @@ class BoxWriter(Writer):
             if "masks" in found:
                 entry |= {"segmentation": run_lengths(found["masks"][i].numpy()), "area": int(found["masks"][i].sum())}
             objects.append(entry)
-        return {"width": image.width, "height": image.height, "objects": objects}
+        return {"width": width, "height": height, "objects": objects}
 
-    def finish(self, records: Sequence[Record]) -> str:
-        images: list[Record] = []
-        annotations: list[Record] = []
-        for index, record in enumerate(records):
-            size = {"width": record["width"], "height": record["height"]}
-            images.append({"id": index + 1, "file_name": record["file_name"], **size})
-            for entry in record["objects"]:
-                annotations.append({"id": len(annotations) + 1, "image_id": index + 1, **entry})
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(self.class_names)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
-        (self.out / "predictions.json").write_text(json.dumps(content), encoding="utf-8")
+    def finish(self, records: Iterable[Record]) -> str:
+        counts: Counter[int] = Counter()
+
+        def images() -> Iterator[Record]:
+            for number, record in enumerate(records, 1):
+                yield {"id": number, **{key: record[key] for key in ("file_name", "width", "height")}}
+
+        def annotations() -> Iterator[Record]:
+            for number, record in enumerate(records, 1):
+                for entry in record["objects"]:
+                    counts[entry["category_id"] - 1] += 1
+                    yield {"id": counts.total(), "image_id": number, **entry}
+
+        categories = ({"id": i, "name": name} for i, name in enumerate(self.class_names, 1))
+        lists = {"images": images(), "annotations": annotations(), "categories": categories}
+        with (self.out / "predictions.json").open("w", encoding="utf-8") as file:  # as it comes: it may be large
+            for name, entries in lists.items():
+                file.write(f'{"{" if name == "images" else ", "}"{name}": [')
+                for i, entry in enumerate(entries):
+                    file.write((", " if i else "") + json.dumps(entry))
+                file.write("]")
+            file.write("}")
         self.write_names()
-        labels = [entry["category_id"] - 1 for entry in annotations]
-        return f"{len(labels)} object{'' if len(labels) == 1 else 's'}{': ' if labels else ''}{self.told(labels)}"
+        total = counts.total()
+        return f"{total} object{'' if total == 1 else 's'}{': ' if total else ''}{self.told(counts)}"
 
 
 class MapWriter(Writer):
@@ -144,17 +174,21 @@ class MapWriter(Writer):
     folders = {"pictures": ".png", "masks": ".png"}  # noqa: RUF012
     tables = ("classes.txt",)
 
-    def write(self, index: int, image: Image.Image, prediction: Tensor) -> Record:
+    def draw(self, image: Tensor, prediction: Tensor) -> Image.Image:
+        return picture_of_map(image, prediction.byte().cpu(), self.class_names)
+
+    def write(self, index: int, size: tuple[int, int], prediction: Tensor) -> Record:
         label_map = prediction.byte().cpu()
         mask = Image.fromarray(label_map.numpy(), mode="P")
         mask.putpalette(png_palette(len(self.class_names)))
         self.save("masks", index, mask)
-        self.save("pictures", index, picture_of_map(pil_to_tensor(image), label_map, self.class_names))
         return {"pixels": torch.bincount(label_map.flatten().long(), minlength=len(self.class_names)).tolist()}
 
-    def finish(self, records: Sequence[Record]) -> str:
+    def finish(self, records: Iterable[Record]) -> str:
         self.write_names()
-        pixels = [sum(counts) for counts in zip(*(record["pixels"] for record in records), strict=True)]
+        pixels = [0] * len(self.class_names)
+        for record in records:
+            pixels = [total + count for total, count in zip(pixels, record["pixels"], strict=True)]
         order = sorted(range(len(pixels)), key=lambda label: -pixels[label])
         shares = [f"{self.class_names[i]} {pixels[i] / sum(pixels):.1%}" for i in order[:5] if pixels[i]]
         count = sum(map(bool, pixels))
@@ -167,14 +201,21 @@ class ClassWriter(Writer):
     folders = {"pictures": ".png"}  # noqa: RUF012
     tables = ("predictions.csv",)
 
-    def write(self, index: int, image: Image.Image, prediction: Tensor) -> Record:
-        scores, labels = (part.tolist() for part in prediction.float().cpu().topk(min(5, len(self.class_names))))
+    def best(self, prediction: Tensor) -> tuple[list[int], list[float]]:
+        scores, labels = prediction.float().cpu().topk(min(5, len(self.class_names)))
+        return labels.tolist(), scores.tolist()
+
+    def draw(self, image: Tensor, prediction: Tensor) -> Image.Image:
+        return picture_of_class(image, *self.best(prediction), self.class_names)
+
+    def write(self, index: int, size: tuple[int, int], prediction: Tensor) -> Record:
+        labels, scores = self.best(prediction)
         names = [self.class_names[label] for label in labels]
-        self.save("pictures", index, picture_of_class(pil_to_tensor(image), labels, scores, self.class_names))
         return {"label": labels[0], "row": [x for pair in zip(names, scores, strict=True) for x in pair]}
 
-    def finish(self, records: Sequence[Record]) -> str:
+    def finish(self, records: Iterable[Record]) -> str:
         count = min(5, len(self.class_names))
+        counts: Counter[int] = Counter()
         with (self.out / "predictions.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             heads = ("class", "probability"), *((f"class{i}", f"probability{i}") for i in range(2, count + 1))
@@ -182,7 +223,8 @@ class ClassWriter(Writer):
             for record in records:
                 row = (f"{value:.6f}" if isinstance(value, float) else value for value in record["row"])
                 writer.writerow([record["file_name"], *row])
-        return self.told([record["label"] for record in records])
+                counts[record["label"]] += 1
+        return self.told(counts)
 
 
 # By what a task learns from.
@@ -196,17 +238,21 @@ class PredictionWriter(BasePredictionWriter):
     pictures/*.png, masks/*.png, classes.txt. Classes: pictures/*.png, predictions.csv. The same images and checkpoint
     give the same files, byte for byte.
 
+    Several devices share the images in parts, which `out/.parts` keeps until all are done: the same command goes on
+    where one was cut off, with as many devices as there are then.
+
     Args:
         out: folder to write to; what it holds must be of the same images.
         min_score: least score of the boxes that are written and drawn; of several in one place the best is drawn.
+        pictures: whether to draw pictures, which takes time and space where images are many.
     """
 
-    def __init__(self, out: str = "predictions", min_score: float = 0.3):
+    def __init__(self, out: str = "predictions", min_score: float = 0.3, pictures: bool = True):
         super().__init__("batch")
         if not 0 <= min_score <= 1:
             raise ValueError(f"predictions.min_score is {min_score}, but 0 to 1 is possible")
-        self.out, self.min_score = Path(out), min_score
-        self.records: dict[int, Record] = {}
+        self.out, self.min_score, self.pictures = Path(out), min_score, pictures
+        self.parts: Any = None
         self.writer: Any = None
         self.began = 0.0
         self.summary = ""
@@ -219,9 +265,9 @@ class PredictionWriter(BasePredictionWriter):
                 f"predict takes images by --data.images FOLDER, but the data are {type(data).__name__}; a "
                 "checkpoint is enough, leave --config and --data out"
             )
-        self.records, self.began = {}, time.monotonic()
-        self.data = data
-        self.writer = WRITERS[pl_module.annotation](self.out, data.names, pl_module.class_names, self.min_score)
+        self.began, self.summary, self.data = time.monotonic(), "", data
+        kind = WRITERS[pl_module.annotation]
+        self.writer = kind(self.out, data.names, pl_module.class_names, self.min_score, self.pictures)
         if data.would_read(self.out):
             raise ValueError(
                 f"{self.out}: is within the images, {data.root}, and the next run would read what is written; name "
@@ -231,7 +277,30 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"{self.out}: is there and no folder; name another by --predictions.out")
         if trainer.is_global_zero:
             self.writer.forbid_others()
-        self.out.mkdir(parents=True, exist_ok=True)
+        data.to_do = lambda: self.to_do(trainer, pl_module)
+
+    def to_do(self, trainer: Trainer, pl_module: LightningModule) -> list[int]:
+        """Images of this process; asked for once the weights are there, which tell whether parts are of them."""
+        settings = {key: value for key, value in pl_module.hparams.items() if not key.startswith("_")}
+        origin = {
+            "weights": digest(
+                *(v.reshape(-1).view(torch.uint8).numpy(force=True) for v in pl_module.state_dict().values())
+            ),
+            "names of images": digest("\n".join(self.data.names).encode()),
+            "min_score": self.min_score,
+            "pictures": self.pictures,
+            **json.loads(json.dumps(settings)),
+        }
+        self.parts = Parts(self.out / PARTS, len(self.data.names), origin)
+        if trainer.is_global_zero:
+            self.parts.begin(trainer.world_size)
+        trainer.strategy.barrier()
+        self.parts.join()
+        images = self.parts.to_do(trainer.global_rank, trainer.world_size)
+        trainer.strategy.barrier()  # before one of them has done a part
+        if done := self.parts.done():
+            log.info("%s: %d of %d parts were done before", self.out, done, len(self.parts.numbers))
+        return images
 
     def write_on_batch_end(
         self,
@@ -243,27 +312,26 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        for index, found in zip(map(int, batch[1]), prediction, strict=True):
+        for image, index, found in zip(batch[0], map(int, batch[1]), prediction, strict=True):
             path = self.data.paths[index]
-            record = self.writer.write(index, read_image(path), found)
-            self.records[index] = {"file_name": path.relative_to(self.data.root).as_posix(), **record}
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        parts = [self.records]
-        if dist.is_available() and dist.is_initialized():
-            parts = [{} for _ in range(trainer.world_size)]
-            dist.all_gather_object(parts, self.records)
-        if not trainer.is_global_zero:
-            return
-        records = {index: record for part in parts for index, record in part.items()}
-        told = self.writer.finish([records[index] for index in sorted(records)])
-        files = ", ".join((*self.writer.folders, *self.writer.tables))
-        images = f"{len(records)} image{'' if len(records) == 1 else 's'}"
-        self.summary = f"{images}, {told}; {files} in {self.out} ({time.monotonic() - self.began:.0f} s)"
+            if self.pictures:
+                self.writer.save("pictures", index, self.writer.draw(pil_to_tensor(read_image(path)), found))
+            record = self.writer.write(index, image.shape[-2:], found)
+            self.parts.add(index, {"file_name": path.relative_to(self.data.root).as_posix(), **record})
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.summary:
-            print(self.summary)  # here, as it would stand above the progress bar otherwise
+        """Here, as Lightning calls nothing before where all parts were done; and the progress bar is closed."""
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        if (done := self.parts.done()) < len(self.parts.numbers):  # as limit_predict_batches may leave it
+            print(f"{done} of {len(self.parts.numbers)} parts are done; the same command goes on")
+            return
+        told, count = self.writer.finish(self.parts), self.parts.count
+        self.parts.remove()
+        files = ", ".join((*self.writer.folders, *self.writer.tables))
+        images = f"{count} image{'' if count == 1 else 's'}"
+        print(f"{images}, {told}; {files} in {self.out} ({time.monotonic() - self.began:.0f} s)")
 
 
 def of_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]:

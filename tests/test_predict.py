@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from shunted_lit.data import CocoDataModule, ImagesDataModule, MaskFolderDataModule, YoloDataModule
 from shunted_lit.pictures import class_bytes
@@ -32,7 +33,10 @@ def image():
 def write(kind, out, predictions, min_score=0.3):
     writer = kind(out, [f"{i}" for i in range(len(predictions))], NAMES, min_score)
     out.mkdir(exist_ok=True)
-    records = [{"file_name": f"{i}.png", **writer.write(i, image(), found)} for i, found in enumerate(predictions)]
+    records = []
+    for i, found in enumerate(predictions):
+        writer.save("pictures", i, writer.draw(pil_to_tensor(image()), found))
+        records.append({"file_name": f"{i}.png", **writer.write(i, (40, 60), found)})
     return writer.finish(records)
 
 

@@ -19,7 +19,6 @@ from two_hosts import STEPS, back_again, survivor, two_hosts, why_not
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
 from shunted_lit.data.label_maps import IGNORED
-from shunted_lit.data.order import Share
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 ROOT = Path(__file__).parents[1]
@@ -104,9 +103,13 @@ def test_each_image_is_judged_once(trained):
 
 @pytest.mark.parametrize("images", [7, 2, 3])
 def test_shares_of_evaluation_are_all_images_once(images):
-    shares = [list(Share(range(images), 2, rank)) for rank in (0, 1)]
+    data, shares = ShapesDataModule(val_size=images, num_workers=0), []
+    for rank in (0, 1):
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        share = data.share(data.dataset("val"))
+        shares.append(list(share))
+        assert len(share) == len(shares[-1])
     assert sorted(shares[0] + shares[1]) == list(range(images))
-    assert [len(Share(range(images), 2, rank)) for rank in (0, 1)] == list(map(len, shares))
 
 
 def test_fewer_images_than_processes_are_told():
@@ -239,6 +242,77 @@ def test_two_processes_stop_at_a_signal_and_go_on(trained, tmp_path):
     ]
     torch.testing.assert_close(*states, rtol=0, atol=1e-6)  # Lightning loads float64 by way of float32
     assert [int(row["step"]) for row in rows(tmp_path / "version_0") if row["train/loss"]] == [0, 1, 2, 3]
+
+
+# --- prediction in parts
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(21):
+        Image.fromarray(generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    return folder
+
+
+def predict(trained, pictures, out, *further, checkpoint="last"):
+    file = trained / f"fcos/version_0/checkpoints/{checkpoint}.ckpt"
+    return ["predict", f"--ckpt_path={file}", f"--data.images={pictures}", "--data.num_workers=0",
+            f"--predictions.out={out}", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false",
+            "--predictions.min_score=0.01", "--model.detector_options={score_thresh: 0.001}", *further]  # fmt: skip
+
+
+def files_in(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def one_thread():
+    """As the processes of torchrun have: the sums of several are rounded otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_two_processes_predict_what_one_does_and_go_on(trained, pictures, tmp_path, capsys, one_thread):
+    main(predict(trained, pictures, tmp_path / "one"))
+    whole = files_in(tmp_path / "one")
+    assert len(whole) == 21 * 2 + 2
+    assert b'"score"' in whole[Path("predictions.json")]
+    out = tmp_path / "two"
+    # Cut off after 8 images; then by two processes, for the rest.
+    main(predict(trained, pictures, out, "--trainer.limit_predict_batches=8"))
+    told = capsys.readouterr().out
+    assert "2 of 7 parts are done; the same command goes on" in told
+    done = {path: path.stat().st_mtime_ns for path in (out / "labels").iterdir()}
+    assert len(done) == 8
+    several = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    said = torchrun("-m", "shunted_lit", *predict(trained, pictures, out, *several))
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert said.stdout.count("21 images") == 1
+    assert "2 of 7 parts were done before" in said.stderr
+    assert files_in(out) == whole
+    kept = [path for path, time_ns in done.items() if path.stat().st_mtime_ns == time_ns]
+    assert len(kept) == 6, "two parts of 3 images"
+
+
+def test_parts_of_another_prediction_are_refused(trained, pictures, tmp_path):
+    main(predict(trained, pictures, tmp_path, "--trainer.limit_predict_batches=4"))
+    with pytest.raises(ValueError, match=r"was begun with weights .*, but now it is .*; remove this folder"):
+        main(predict(trained, pictures, tmp_path, checkpoint="best"))
+    with pytest.raises(ValueError, match=r"was begun with min_score 0\.01, but now it is 0\.5"):
+        main([*predict(trained, pictures, tmp_path), "--predictions.min_score=0.5"])
+    (tmp_path / ".parts/origin.json").write_text("{")
+    with pytest.raises(ValueError, match=r"\.parts: can't go on from what is there .*; remove this folder"):
+        main(predict(trained, pictures, tmp_path))
+
+
+def test_many_images_are_predicted_without_pictures(trained, pictures, tmp_path):
+    main(predict(trained, pictures, tmp_path, "--predictions.pictures=false"))
+    assert not (tmp_path / "pictures").exists()
+    assert len(list((tmp_path / "labels").iterdir())) == 21
 
 
 # --- more than one host

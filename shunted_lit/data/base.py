@@ -229,7 +229,8 @@ class BaseDataModule(LightningDataModule):
             raise ValueError(
                 f"there are {len(dataset)} images for {self.trainer.world_size} devices; each needs one: take fewer"
             )
-        return Share(dataset, self.trainer.world_size, self.trainer.global_rank)
+        replicas, rank = self.trainer.world_size, self.trainer.global_rank
+        return Share(range(rank, len(dataset), replicas), replicas, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
         epoch, start = self.trainer.current_epoch if self.trainer else 0, 0

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from shunted_lit.data.base import BaseDataModule, collate
+from shunted_lit.data.order import Share
 from shunted_lit.data.reading import IMAGE_SUFFIXES, read_image
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ class ImagesDataModule(BaseDataModule):
 
     offers = ("none",)
     collate_fn: Callable[[list[Any]], Any] | None = staticmethod(collate)
+    allow_zero_length_dataloader_with_multiple_devices = True  # where few parts are left to do
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class ImagesDataModule(BaseDataModule):
         num_workers: int = 2,
     ):
         super().__init__(batch_size, num_workers)
+        self.to_do: Callable[[], Sequence[int]] | None = None  # images of this process; None for all
         self.root = Path(images)
         self.is_folder = self.root.is_dir()
         if self.is_folder:
@@ -93,7 +96,9 @@ class ImagesDataModule(BaseDataModule):
         self.datasets = {"predict": Images(self.paths, self.transform)}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        return self.loader(self.datasets["predict"])
+        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        sampler = None if self.to_do is None else Share(self.to_do(), replicas, rank)
+        return self.loader(self.datasets["predict"], sampler=sampler)
 
 
 class Images(Dataset[Any]):

@@ -2,7 +2,7 @@
 
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,13 +52,13 @@ class Share(DistributedSampler):
     """Images of one of several processes that evaluate together: each image is one's, and none is there twice.
 
     Args:
-        dataset: of which only the length is asked for.
+        indices: of these images.
         replicas, rank: as in `Order`.
     """
 
-    def __init__(self, dataset: Any, replicas: int, rank: int):
-        super().__init__(dataset, replicas, rank, shuffle=False)
-        self.indices = range(rank, len(dataset), replicas)
+    def __init__(self, indices: Sequence[int], replicas: int, rank: int):
+        super().__init__(indices, replicas, rank, shuffle=False)  # type: ignore[arg-type]
+        self.indices = indices
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.indices)
