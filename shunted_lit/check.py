@@ -13,25 +13,36 @@ HELP = """Looks at a data set and prints all that is wrong with it: labels, and 
 --decode, their pixels as well. In parallel (data.num_workers). A config of `shunted-lit fit` works as it is."""
 
 
+def data_parser(command: str, description: str) -> ArgumentParser:
+    """Of a command that takes data, by the words and configs of `shunted-lit fit`."""
+    parser = ArgumentParser(prog=f"shunted-lit {command}", description=description)
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a config, as for fit; may be given repeatedly")
+    parser.add_subclass_arguments(BaseDataModule, "data", required=True)
+    parser.add_subclass_arguments(BaseTask, "model", required=False, help="tells what to look at: boxes, or masks too")
+    for other in ("trainer", "checkpoint", "report", "seed_everything", "ckpt_path", "weights_only"):
+        parser.add_argument(f"--{other}", type=Any, help="of fit; not looked at")
+    parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
+    for name in ("num_classes", "class_names"):  # which a config of fit leaves out
+        parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+    return parser
+
+
+def parse_data(parser: ArgumentParser, words: Sequence[str]) -> tuple[Any, Any]:
+    """The data, and all settings."""
+    config = parser.parse_args(list(words))
+    config.model = None  # once it has told what it learns from
+    return parser.instantiate(config).data, config
+
+
 def check(words: Sequence[str]) -> None:
     """The command line.
 
     Raises:
         ValueError: there are faults; how many. They are printed.
     """
-    parser = ArgumentParser(prog="shunted-lit check", description=HELP)
-    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a config, as for fit; may be given repeatedly")
-    parser.add_subclass_arguments(BaseDataModule, "data", required=True)
-    parser.add_subclass_arguments(BaseTask, "model", required=False, help="tells what to look at: boxes, or masks too")
+    parser = data_parser("check", HELP)
     parser.add_argument("--decode", type=bool, default=False, help="read all pixels, which takes as long as an epoch")
-    for other in ("trainer", "checkpoint", "report", "seed_everything", "ckpt_path", "weights_only"):
-        parser.add_argument(f"--{other}", type=Any, help="of fit; not looked at")
-    parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
-    for name in ("num_classes", "class_names"):  # which a config of fit leaves out
-        parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
-    config = parser.parse_args(list(words))
-    config.model = None  # once it has told what it learns from
-    data = parser.instantiate(config).data
+    data, config = parse_data(parser, words)
     faults = [fault for split in ("train", "val") for kind in data.look(split, config.decode) for fault in kind]
     count = sum(len(dataset) for dataset in data.datasets.values())
     for fault in faults:

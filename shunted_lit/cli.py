@@ -29,6 +29,7 @@ from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export import export
 from shunted_lit.predict import PredictionWriter, of_checkpoint
 from shunted_lit.report import RunReport
+from shunted_lit.shard import shard
 from shunted_lit.study import study
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import annotation_for, class_of
@@ -47,7 +48,10 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "study": study,
 }
 
-EPILOG = f"Besides: {', '.join(sorted([*COMMANDS, 'check', 'yolo']))}; each tells more by --help."
+# They take data by the words of `fit`.
+COMMANDS_OF_DATA: dict[str, Callable[[list[str]], None]] = {"check": check, "shard": shard}
+
+EPILOG = f"Besides: {', '.join(sorted([*COMMANDS, *COMMANDS_OF_DATA, 'yolo']))}; each tells more by --help."
 
 YOLO_HELP = """usage: shunted-lit yolo yaml --base BASE --out FILE      write a model YAML with the neck in it
        shunted-lit yolo weights --model FILE --out FILE  write a checkpoint of it, with the weights of its base
@@ -254,8 +258,8 @@ def main(args: list[str] | None = None) -> Any:
     words = sys.argv[1:] if args is None else args
     if words and words[0] == "yolo":
         return yolo(words[1:])
-    if words and words[0] == "check":
-        return check(words[1:])
+    if words and words[0] in COMMANDS_OF_DATA:
+        return COMMANDS_OF_DATA[words[0]](words[1:])
     if words and words[0] in COMMANDS:
         return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"shunted-lit {words[0]}")
     return ShuntedCLI(

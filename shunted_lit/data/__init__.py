@@ -2,17 +2,21 @@
 
 from shunted_lit.data.base import BaseDataModule, DetectionDataModule
 from shunted_lit.data.coco import CocoDataModule
-from shunted_lit.data.image_folder import ImageFolderDataModule
+from shunted_lit.data.image_folder import ClassificationDataModule, ImageFolderDataModule
 from shunted_lit.data.images import ImagesDataModule
 from shunted_lit.data.label_maps import ADE20KDataModule, LabelMapDataModule, MaskFolderDataModule
 from shunted_lit.data.shapes import ShapesDataModule
+from shunted_lit.data.shards import ClassificationShardsDataModule, DetectionShardsDataModule
 from shunted_lit.data.yolo import YoloDataModule
 
 __all__ = [
     "ADE20KDataModule",
     "BaseDataModule",
+    "ClassificationDataModule",
+    "ClassificationShardsDataModule",
     "CocoDataModule",
     "DetectionDataModule",
+    "DetectionShardsDataModule",
     "ImageFolderDataModule",
     "ImagesDataModule",
     "LabelMapDataModule",

@@ -230,7 +230,7 @@ class BaseDataModule(LightningDataModule):
                 f"there are {len(dataset)} images for {self.trainer.world_size} devices; each needs one: take fewer"
             )
         replicas, rank = self.trainer.world_size, self.trainer.global_rank
-        return Share(range(rank, len(dataset), replicas), replicas, rank)
+        return Share(range(rank * len(dataset) // replicas, (rank + 1) * len(dataset) // replicas), replicas, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:
         epoch, start = self.trainer.current_epoch if self.trainer else 0, 0
@@ -379,10 +379,14 @@ class FolderDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.transform(*self.read(index))
 
+    def record(self, index: int) -> tuple[Record, bytes | None]:
+        """What is known of an image, and the content of its file where that is not on disk."""
+        return self.records[index], None
+
     def read(self, index: int) -> Sample:
         """Image and target as they are on disk."""
-        record = self.records[index]
-        image = tv_tensors.Image(read_image(record.path))
+        record, content = self.record(index)
+        image = tv_tensors.Image(read_image(record.path, content))
         height, width = image.shape[-2:]
         boxes = self.boxes(record, width, height)
         target = {

@@ -68,15 +68,13 @@ def in_validation(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: "bicubic" if value == "random" else value for key, value in kept.items()}
 
 
-class ImageFolderDataModule(BaseDataModule):
-    """`root/train/CLASS/*.JPEG` and `root/val/CLASS/*.JPEG`, any depth below CLASS; classes in alphabetical order.
+class ClassificationDataModule(BaseDataModule):
+    """Base of the classification data.
 
     A sample is an image (3, image_size, image_size), uint8, and a label from 0. Training images are cut,
     mirrored and distorted by timm's transforms; validation images are scaled and cut around their centre.
 
     Args:
-        root: the folder.
-        train, val: folders of the splits, below `root`.
         image_size: height and width in pixels.
         crop_pct: share of the scaled image's shorter side that validation keeps.
         interpolation: "bicubic", "bilinear", "nearest", or "random" for training.
@@ -90,10 +88,6 @@ class ImageFolderDataModule(BaseDataModule):
         batch_size: images a step, of each device.
         num_workers: processes that load and augment, of each device.
         check_images, skip_damaged: as in `BaseDataModule`.
-
-    Raises:
-        ValueError: a folder that is not there, a class without images or missing in one of the splits, numbers out of
-            bounds; while reading, an image that can't be read. Each names the path.
     """
 
     offers = ("class",)
@@ -101,9 +95,6 @@ class ImageFolderDataModule(BaseDataModule):
 
     def __init__(
         self,
-        root: str,
-        train: str = "train",
-        val: str = "val",
         image_size: int = 224,
         crop_pct: float = 0.875,
         interpolation: Literal["bicubic", "bilinear", "nearest", "random"] = "bicubic",
@@ -119,7 +110,7 @@ class ImageFolderDataModule(BaseDataModule):
         skip_damaged: int = 0,
     ):
         super().__init__(batch_size, num_workers, None, check_images, skip_damaged)
-        self.save_hyperparameters(logger=False)
+        self.save_hyperparameters(logger=False)  # those of subclasses as well
         if image_size < 1 or not 0 < crop_pct <= 1 or repeats < 1:
             raise ValueError(
                 f"image_size is {image_size}, crop_pct {crop_pct} and repeats {repeats}; "
@@ -133,11 +124,7 @@ class ImageFolderDataModule(BaseDataModule):
         for name, (low, high) in {"scale": scale, "ratio": ratio}.items():
             if not 0 < low <= high:
                 raise ValueError(f"{name} is from {low} to {high}, but positive and rising numbers are needed")
-        self.folders = {"train": Path(root, train), "val": Path(root, val)}
-        if self.folders["train"] == self.folders["val"]:
-            raise ValueError(f"{self.folders['train']} is to train and to validate; name a held-out folder for val")
         self.repeats = repeats
-        self.class_names = class_folders(self.folders["train"])
         size: dict[str, Any] = {"input_size": image_size, "normalize": False}
         self.train_transform = create_transform(
             **size,
@@ -151,6 +138,27 @@ class ImageFolderDataModule(BaseDataModule):
         )
         still = in_validation({"crop_pct": crop_pct, "interpolation": interpolation})
         self.eval_transform = create_transform(**size, **still)
+
+
+class ImageFolderDataModule(ClassificationDataModule):
+    """`root/train/CLASS/*.JPEG` and `root/val/CLASS/*.JPEG`, any depth below CLASS; classes in alphabetical order.
+
+    Args:
+        root: the folder.
+        train, val: folders of the splits, below `root`.
+        keywords: further ones of `ClassificationDataModule`.
+
+    Raises:
+        ValueError: a folder that is not there, a class without images or missing in one of the splits, numbers out of
+            bounds; while reading, an image that can't be read. Each names the path.
+    """
+
+    def __init__(self, root: str, train: str = "train", val: str = "val", **keywords: Any):
+        super().__init__(**keywords)
+        self.folders = {"train": Path(root, train), "val": Path(root, val)}
+        if self.folders["train"] == self.folders["val"]:
+            raise ValueError(f"{self.folders['train']} is to train and to validate; name a held-out folder for val")
+        self.class_names = class_folders(self.folders["train"])
 
     def build_dataset(self, split: str, transform: Callable[[Image.Image], Any]) -> Dataset[Any]:
         folder = self.folders[split]

@@ -42,10 +42,17 @@ class Order(DistributedSampler):
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(mixed(2, self.seed, self.epoch)[0])
         places = torch.arange(self.total_size)  # the last ones begin anew, so that all processes have as many
-        images = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-        images = images[places // self.repeats % len(images)]
-        for place in places[self.rank :: self.num_replicas][self.start :].tolist():
-            yield int(images[place]), self.seed, self.epoch, place
+        shards = getattr(self.dataset, "shards", None)
+        if shards is None:
+            images = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            own = places[self.rank :: self.num_replicas]
+        else:  # a stretch each, so that a process needs few of the shards
+            images = shards.shuffled(generator)
+            own = places[self.rank * self.num_samples :][: self.num_samples]
+        own = own[self.start :]
+        chosen = images[own // self.repeats % len(images)].tolist()
+        for image, place in zip(shards.coming(chosen) if shards else chosen, own.tolist(), strict=True):
+            yield image, self.seed, self.epoch, place
 
 
 class Share(DistributedSampler):

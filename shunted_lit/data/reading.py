@@ -4,6 +4,7 @@ Links are followed, and so are absolute paths in data.yaml and its lists: of the
 "What you can rely on". Images of more than 178,956,970 pixels, twice PIL's MAX_IMAGE_PIXELS, are refused unread.
 """
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,15 @@ class DamagedError(ValueError):
 UNREADABLE = (ImportError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-def read_image(path: Path | str) -> Image.Image:
-    """An image in RGB, upright. Raises DamagedError naming the file where it is missing or can't be read."""
+def read_image(path: Path | str, content: bytes | None = None) -> Image.Image:
+    """An image in RGB, upright. Raises DamagedError naming the file where it is missing or can't be read.
+
+    Args:
+        path: the file, or its name where `content` is what it holds.
+        content: see there.
+    """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
             if upright.mode.startswith(("I", "F")):  # 16 bits a pixel or more, which PIL would clip to white
                 pixels = np.asarray(upright, dtype=np.float64)
