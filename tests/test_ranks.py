@@ -391,3 +391,14 @@ def test_a_job_of_slurm_stops_before_its_time_is_up_and_is_queued_again(tmp_path
     steps = [int(row["step"]) for row in rows(tmp_path / "runs/version_0") if row["train/loss"]]
     assert steps == list(range(16)), "8 epochs of 2 steps, none lost"
     assert (tmp_path / "queued_again.txt").read_text() == "requeue 77\n"
+
+
+@pytest.mark.parametrize("name", ["classification", "segmentation"])
+def test_test_judges_as_validation_did(name, trained, tmp_path):
+    """The best of two processes, tested in one: the score by which it was the best."""
+    run = trained / name / "version_0"
+    cli = main(["test", f"--ckpt_path={run / 'checkpoints/best.ckpt'}", "--trainer.accelerator=cpu",
+                "--trainer.precision=64-true", f"--trainer.default_root_dir={tmp_path}", "--data.num_workers=0"])  # fmt: skip
+    score = "acc1" if name == "classification" else "miou"
+    best = max(float(row[f"val/{score}"]) for row in rows(run) if row[f"val/{score}"])
+    assert float(cli.trainer.callback_metrics[f"test/{score}"]) == pytest.approx(best, abs=1e-6)
