@@ -30,8 +30,11 @@ def data_parser(command: str, description: str) -> ArgumentParser:
 def parse_data(parser: ArgumentParser, words: Sequence[str]) -> tuple[Any, Any]:
     """The data, and all settings."""
     config = parser.parse_args(list(words))
-    config.model = None  # once it has told what it learns from
-    return parser.instantiate(config).data, config
+    wanted, config.model = annotation_for(config.model), None
+    data = parser.instantiate(config).data
+    if wanted and data.annotation not in (wanted, {"boxes": "masks"}.get(wanted)):  # masks have boxes besides
+        raise ValueError(f"the task learns from {wanted}, but {type(data).__name__} has {data.annotation}")
+    return data, config
 
 
 def check(words: Sequence[str]) -> None:

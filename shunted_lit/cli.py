@@ -140,6 +140,7 @@ class ShuntedCLI(LightningCLI):
         if config.trainer.check_val_every_n_epoch == 0:
             raise ValueError("trainer.check_val_every_n_epoch is 0, but 1 or more, or null, is needed")
         self.goes_on: Path | None = None  # folder of the run, where it is the same run
+        self.made: Path | None = None  # a new folder for it
         self.steps_done: int | None = None  # of that run
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
             root = Path(config.trainer.default_root_dir or "runs")
@@ -189,8 +190,17 @@ class ShuntedCLI(LightningCLI):
             else:
                 log.warning("model.%s is %s, as in the checkpoint, not %s", name, value, asked[name])
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning's; a run that ends before it has written anything leaves no folder."""
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException:
+            if self.made and not any(self.made.iterdir()):
+                self.made.rmdir()
+            raise
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self.config_init[self.subcommand]
+        config, self.made = self.config_init[self.subcommand], None
         if self.subcommand == "predict" or config.trainer.logger is False:  # there is no folder of the run's own
             self.save_config_callback = None
         if self.subcommand == "predict":
@@ -212,6 +222,7 @@ class ShuntedCLI(LightningCLI):
                     self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
             else:
                 version = new_version(root) if getattr(rank_zero_only, "rank", 0) == 0 else None
+                self.made = root / f"version_{version}" if version is not None else None
             loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
             further = [logger for logger in loggers if isinstance(logger, Logger)]
             kwargs["logger"] = [RunLogger(root, version, self.steps_done), *further]

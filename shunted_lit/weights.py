@@ -40,12 +40,22 @@ def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
         what = f"holds {blocked[1]}, which is more than weights" if blocked else "is no checkpoint"
         raise ValueError(f"{path}: {what}, and is not loaded, as such files can run code") from error
     except Exception as error:  # whatever a damaged file makes of torch's and safetensors' readers
-        raise ValueError(f"{path}: not a readable checkpoint ({type(error).__name__})") from error
+        told = "it is cut off" if is_cut_off(path) else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({told})") from error
     if packed:
         raise ValueError(f"{path}: is no checkpoint, and is not loaded, as such files may unpack to any size")
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"{path}: holds no weights by name")
     return dict(content)
+
+
+def is_cut_off(path: str | PathLike) -> bool:
+    """Whether a file begins as an archive, which is what torch writes, and does not end as one."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
+    except OSError:
+        return False
 
 
 def is_packed(path: str | PathLike) -> bool:

@@ -397,8 +397,9 @@ def test_a_job_of_slurm_stops_before_its_time_is_up_and_is_queued_again(tmp_path
 def test_test_judges_as_validation_did(name, trained, tmp_path):
     """The best of two processes, tested in one: the score by which it was the best."""
     run = trained / name / "version_0"
-    cli = main(["test", f"--ckpt_path={run / 'checkpoints/best.ckpt'}", "--trainer.accelerator=cpu",
-                "--trainer.precision=64-true", f"--trainer.default_root_dir={tmp_path}", "--data.num_workers=0"])  # fmt: skip
+    further = ["--trainer.accelerator=cpu", "--trainer.precision=64-true", "--data.num_workers=0"]
+    checkpoint = f"--ckpt_path={run / 'checkpoints/best.ckpt'}"
+    cli = main(["test", checkpoint, *further, f"--trainer.default_root_dir={tmp_path}"])
     score = "acc1" if name == "classification" else "miou"
     best = max(float(row[f"val/{score}"]) for row in rows(run) if row[f"val/{score}"])
     assert float(cli.trainer.callback_metrics[f"test/{score}"]) == pytest.approx(best, abs=1e-6)

@@ -3,6 +3,7 @@
 import builtins
 import json
 import logging
+import os
 import sys
 
 import numpy as np
@@ -14,9 +15,15 @@ from torch import nn
 from shunted_lit import ShuntedBackbone, ShuntedSelfAttention, cli
 from shunted_lit.benchmark import at_size, benchmark, check_plain
 from shunted_lit.checkpoint import WholeFiles
-from shunted_lit.data import CocoDataModule, ImageFolderDataModule, MaskFolderDataModule, ShapesDataModule
+from shunted_lit.data import (
+    CocoDataModule,
+    ImageFolderDataModule,
+    MaskFolderDataModule,
+    ShapesDataModule,
+    YoloDataModule,
+)
 from shunted_lit.data.order import Seeded
-from shunted_lit.data.reading import DamagedError, read_image
+from shunted_lit.data.reading import DamagedError, read_image, read_lines, read_size
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.deploy import batched
 from shunted_lit.detectors import build_detector
@@ -26,6 +33,7 @@ from shunted_lit.report import RunReport
 from shunted_lit.segmenters import Segmenter
 from shunted_lit.tasks import ClassificationTask, DetectionTask
 from shunted_lit.tasks.base import BaseTask
+from shunted_lit.weights import read_checkpoint
 
 
 class Nothing(torch.utils.data.Dataset):
@@ -172,3 +180,49 @@ def test_an_error_of_no_known_kind_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(cli, "main", fails)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         cli.command()
+
+
+def test_pipes_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    for read in (read_image, read_size):
+        with pytest.raises(DamagedError, match=r"a\.png: not a readable image \(it is not a file\)"):
+            read(tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png: not a readable text file \(it is not a file\)"):
+        read_lines(tmp_path / "a.png")
+
+
+def test_images_of_other_formats_in_yolo_folders_are_counted(tmp_path, caplog):
+    for name in ("a.png", "b.gif"):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / name)
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
+    (tmp_path / "data.yaml").write_text("{train: images, val: images, names: [cat]}")
+    YoloDataModule(str(tmp_path / "data.yaml"), num_workers=0).dataset("val")
+    assert "images: images of other formats are left out (1 .gif)" in caplog.text
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path):
+    for split in ("train", "val"):
+        for kind in "ab":
+            (tmp_path / split / kind).mkdir(parents=True)
+            (tmp_path / split / kind / "1.png").write_text("no image")
+    words = [f"--data.root={tmp_path}", "--data.num_workers=0", "--trainer.accelerator=cpu"]
+    with pytest.raises(ValueError, match="not a readable image"):
+        cli.main(["fit", "--model=ClassificationTask", "--data=ImageFolderDataModule", *words,
+                  f"--trainer.default_root_dir={tmp_path / 'runs'}"])  # fmt: skip
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_check_tells_of_data_that_a_task_cannot_use(tmp_path):
+    (tmp_path / "train/a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="the task learns from boxes, but ImageFolderDataModule has class"):
+        cli.main(["check", "--model=DetectionTask", "--data=ImageFolderDataModule", f"--data.root={tmp_path}"])
+
+
+def test_a_checkpoint_that_is_cut_off_is_told(tmp_path):
+    file = tmp_path / "a.ckpt"
+    torch.save({"weight": torch.rand(1000)}, file)
+    file.write_bytes(file.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"a\.ckpt: not a readable checkpoint \(it is cut off\)"):
+        read_checkpoint(file)

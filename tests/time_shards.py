@@ -2,8 +2,8 @@
 
     python tests/time_shards.py FOLDER --images 1536 --workers 2 --rounds 5
 
-draws photographs of ImageNet's usual size in bytes, writes them as a folder and as shards, and reads them as training
-does (decoded, cut to 224 and flipped; or not at all, the files alone), all ways in turn. Medians and ratios to the folder.
+draws images of ImageNet's usual size in bytes, writes them as a folder and as shards, and reads them as training does
+(decoded, cut to 224 and flipped; or the files alone), all ways in turn. Medians and ratios to the folder.
 """
 
 import argparse

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -14,7 +13,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from shunted_lit.data.base import BaseDataModule, collate
 from shunted_lit.data.order import Share
-from shunted_lit.data.reading import IMAGE_SUFFIXES, read_image
+from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_image
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +56,7 @@ class ImagesDataModule(BaseDataModule):
         if self.is_folder:
             files = sorted(path for path in self.root.rglob("*") if path.is_file())
             self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-            kinds = Image.registered_extensions()  # after which Image.OPEN has those that can be read
-            known = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN} - IMAGE_SUFFIXES
-            if others := Counter(path.suffix for path in files if path.suffix.lower() in known):
-                told = ", ".join(f"{count} {suffix}" for suffix, count in others.items())
-                log.warning("%s: images of other formats are left out (%s)", images, told)
+            images_left_out(images, files)
         elif self.root.is_file():
             self.root, self.paths = self.root.parent, [self.root]
         else:

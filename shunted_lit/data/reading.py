@@ -5,10 +5,17 @@ Links are followed, and so are absolute paths in data.yaml and its lists: of the
 """
 
 import io
+import logging
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
+
+log = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
@@ -33,6 +40,8 @@ def read_image(path: Path | str, content: bytes | None = None) -> Image.Image:
         content: see there.
     """
     try:
+        if content is None:
+            check_file(path)
         with Image.open(path if content is None else io.BytesIO(content), formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)  # as viewers show it, and as labels are drawn
             if upright.mode.startswith(("I", "F")):  # 16 bits a pixel or more, which PIL would clip to white
@@ -49,9 +58,25 @@ def read_image(path: Path | str, content: bytes | None = None) -> Image.Image:
         raise DamagedError(f"{path}: not a readable image ({error})") from error
 
 
+def check_file(path: Path | str) -> None:
+    """Raises OSError where what is there is no file: a pipe would be waited for without end."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("it is not a file")
+
+
+def images_left_out(folder: Path | str, files: Iterable[Path]) -> None:
+    """Warns of images in formats that are not read."""
+    kinds = Image.registered_extensions()
+    known = {suffix for suffix, kind in kinds.items() if kind in Image.OPEN} - IMAGE_SUFFIXES
+    if others := Counter(path.suffix for path in files if path.suffix.lower() in known):
+        told = ", ".join(f"{count} {suffix}" for suffix, count in others.items())
+        log.warning("%s: images of other formats are left out (%s)", folder, told)
+
+
 def read_lines(file: Path) -> list[str]:
     """Lines of a text file. Raises ValueError naming it where it can't be read."""
     try:
+        check_file(file)
         return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not a readable text file ({error})") from error
@@ -64,6 +89,7 @@ def read_size(path: Path | str) -> tuple[int, int]:
         DamagedError: naming the file.
     """
     try:
+        check_file(path)
         with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             # Of a TIFF file PIL tells the size as it is once turned; in a PNG file it may stand behind the pixels.

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
 from shunted_lit.data.faults import BadBoxes, LabelCheck
-from shunted_lit.data.reading import IMAGE_SUFFIXES, read_lines
+from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_lines
 from shunted_lit.data.segments import Segment
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def list_images(file: Path, content: dict[str, Any], split: str, check: LabelChe
         if source.is_dir():
             paths = sorted(source.rglob("*"))
             images += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+            images_left_out(source, paths)
             if links := [path for path in paths if path.is_symlink() and path.is_dir()]:
                 log.warning("%s: %d links to folders are not entered, such as %s", source, len(links), links[0])
         elif source.is_file() and source.suffix == ".txt":
