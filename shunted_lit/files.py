@@ -4,6 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 
 def check_new(out: Path) -> None:
     """Raises ValueError where `out` is there already and holds something."""
@@ -17,6 +19,21 @@ def check_new_file(out: Path, suffix: str) -> None:
         raise ValueError(f"{out}: the name must end in {suffix}")
     if out.exists():
         raise ValueError(f"{out} is there already; remove it, or name another file")
+
+
+def only_one(folder: Path) -> FileLock:
+    """A lock on a folder that one process writes to, until it is released or the process ends.
+
+    Raises:
+        ValueError: another one has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder}: another process is writing to it; wait for it, or name another folder") from None
+    return lock
 
 
 def digest(*contents: Any) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from shunted_lit.files import only_one
+
 
 class Parts:
     """Records of the images 0 .. count - 1, a JSON line each, `size` of them a file; a file is there once it is whole.
@@ -30,7 +32,7 @@ class Parts:
 
     def begin(self, processes: int) -> None:
         """Makes the folder, or goes on with what is there. One process calls it, before the others `join`."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = only_one(self.folder)
         file = self.folder / "origin.json"
         if not file.is_file():
             size = min(max(-(-self.count // (8 * processes)), 1), self.MOST)  # several for each process
@@ -94,4 +96,6 @@ class Parts:
                 yield from map(json.loads, lines)
 
     def remove(self) -> None:
+        """Once they were put together."""
+        self.lock.release()
         shutil.rmtree(self.folder)

@@ -15,7 +15,7 @@ from shunted_lit.data.base import FolderDataset
 from shunted_lit.data.faults import DataError
 from shunted_lit.data.image_folder import ClassFolders
 from shunted_lit.data.shards import INDEX
-from shunted_lit.files import digest
+from shunted_lit.files import digest, only_one
 
 HELP = """Writes a data set as shards, tar files in the format of WebDataset, which ClassificationShardsDataModule and
 DetectionShardsDataModule read from a disk or an object store. Images are as they were, byte for byte; those to train on
@@ -94,11 +94,14 @@ def shard(words: Sequence[str]) -> None:
     faults = [fault for split in ("train", "val") for kind in data.look(split) for fault in kind]
     if faults:
         raise DataError(faults, "data")
+    lock = only_one(Path(config.out))
     for split in ("train", "val"):
         dataset = data.dataset(split)
         if not isinstance(dataset, ClassFolders | FolderDataset):
             raise ValueError(f"{type(data).__name__} can't be written as shards, but folders of classes, COCO and YOLO")
         write(Path(config.out, split), dataset, data, split, config.samples)
+    lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
     print(f"{config.out}: shards of {len(data.dataset('train'))} and {len(data.dataset('val'))} images")
 
 

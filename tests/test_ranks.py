@@ -19,6 +19,7 @@ from two_hosts import STEPS, back_again, survivor, two_hosts, why_not
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
 from shunted_lit.data.label_maps import IGNORED
+from shunted_lit.files import only_one
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 ROOT = Path(__file__).parents[1]
@@ -304,6 +305,10 @@ def test_parts_of_another_prediction_are_refused(trained, pictures, tmp_path):
         main(predict(trained, pictures, tmp_path, checkpoint="best"))
     with pytest.raises(ValueError, match=r"was begun with min_score 0\.01, but now it is 0\.5"):
         main([*predict(trained, pictures, tmp_path), "--predictions.min_score=0.5"])
+    lock = only_one(tmp_path / ".parts")
+    with pytest.raises(ValueError, match=r"\.parts: another process is writing to it"):
+        main(predict(trained, pictures, tmp_path))
+    lock.release()
     (tmp_path / ".parts/origin.json").write_text("{")
     with pytest.raises(ValueError, match=r"\.parts: can't go on from what is there .*; remove this folder"):
         main(predict(trained, pictures, tmp_path))

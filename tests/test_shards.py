@@ -26,6 +26,7 @@ from shunted_lit.data import (
 )
 from shunted_lit.data.order import Order
 from shunted_lit.data.shards import Shards
+from shunted_lit.files import only_one
 from shunted_lit.seeds import seed_sample
 
 SMALL = {"image_size": 24, "batch_size": 4, "num_workers": 0}
@@ -399,3 +400,27 @@ def test_data_without_files_are_not_written(tmp_path):
     for options, told in (({"window": 0}, "window is 0"), ({"cache_gb": 0}, "cache_gb 0")):
         with pytest.raises(ValueError, match=told):
             ClassificationShardsDataModule(str(tmp_path), **options)
+
+
+def test_two_do_not_write_to_one_folder(folder, tmp_path):
+    lock = only_one(tmp_path / "out")
+    with pytest.raises(ValueError, match="out: another process is writing to it; wait for it, or name another folder"):
+        write(tmp_path / "out", f"--data.root={folder}")
+    lock.release()
+    write(tmp_path / "out", f"--data.root={folder}")
+    assert not (tmp_path / "out/.lock").exists()
+
+
+def test_a_shard_that_makes_room_before_it_is_open_is_fetched_again(server, tmp_path, monkeypatch):
+    data = ClassificationShardsDataModule(server[0], **SMALL, cache=str(tmp_path))
+    shards, fetch = data.shards["val"], Shards.fetch
+
+    def fetch_and_lose(self, shard):
+        path = fetch(self, shard)
+        if server[1]["/val/000000.tar"] < 2:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(Shards, "fetch", fetch_and_lose)
+    assert shards.read(0, "label")[1][0] in range(3)
+    assert server[1]["/val/000000.tar"] == 2

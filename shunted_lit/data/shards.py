@@ -5,6 +5,7 @@ images each of them has. They are read by that index rather than as a stream: so
 seed, epoch and place as for folders, whatever the number of workers, and a run goes on in mid-epoch.
 """
 
+import contextlib
 import json
 import os
 import tarfile
@@ -155,23 +156,19 @@ class Shards:
         if shard in self.opened:
             self.opened.move_to_end(shard)
             return self.opened[shard]
-        path = self.fetch(shard)
+        number = self.file(shard)
         samples: dict[str, dict[str, tuple[int, int]]] = {}
         try:
-            if is_url(self.root):
-                os.utime(path)  # by which the cache knows what is in use
-            if (size := path.stat().st_size) != self.bytes[shard]:
+            if (size := os.fstat(number).st_size) != self.bytes[shard]:
                 raise ValueError(f"has {size} bytes, but its index says {self.bytes[shard]}")
-            with tarfile.open(path, "r:") as tar:
+            with os.fdopen(os.dup(number), "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
                     key, _, suffix = member.name.partition(".")
                     samples.setdefault(key, {})[suffix] = (member.offset_data, member.size)
             if len(samples) != self.counts[shard]:
                 raise ValueError(f"holds {len(samples)} images, but its index says {self.counts[shard]}")
-            number = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            raise ValueError(f"{self.place(shard)}: is missing; write or copy it again") from None
         except (OSError, ValueError, tarfile.TarError) as error:
+            os.close(number)
             raise ValueError(f"{self.place(shard)}: is damaged ({error}); write or copy it again") from error
         self.opened[shard] = (number, list(samples.values()))
         if len(self.opened) > self.OPEN:
@@ -197,6 +194,22 @@ class Shards:
         except (KeyError, StopIteration, TypeError, ValueError) as error:
             raise ValueError(f"{self.place(shard)}: image {index} is damaged ({error!r}); write it again") from error
         return os.pread(file, size, start), values
+
+    def file(self, shard: int) -> int:
+        """Number of its open file, which then stays readable if it has to make room for others."""
+        for _ in range(TRIES):
+            path = self.fetch(shard)
+            try:
+                number = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:
+                continue  # a URL's has just made room
+            except OSError as error:
+                raise ValueError(f"{self.place(shard)}: can't be read ({error.strerror})") from error
+            if is_url(self.root):
+                with contextlib.suppress(OSError):
+                    os.utime(path)  # by which the cache knows what is in use
+            return number
+        raise ValueError(f"{self.place(shard)}: is missing; write or copy it again")
 
     def shuffled(self, generator: torch.Generator) -> Tensor:
         """All images in a new order, in which a place has images of `window` shards, and a shard is near itself."""
