@@ -29,6 +29,7 @@ class Parts:
         self.size = self.MOST
         self.number = -1  # of the part that is being written
         self.file: TextIO | None = None
+        self.lock: Any = None  # of the process that began
 
     def begin(self, processes: int) -> None:
         """Makes the folder, or goes on with what is there. One process calls it, before the others `join`."""
@@ -95,7 +96,12 @@ class Parts:
             with self.path(number).open(encoding="utf-8") as lines:
                 yield from map(json.loads, lines)
 
+    def release(self) -> None:
+        """Lets others write here."""
+        if self.lock is not None:
+            self.lock.release()
+
     def remove(self) -> None:
         """Once they were put together."""
-        self.lock.release()
+        self.release()
         shutil.rmtree(self.folder)

@@ -319,12 +319,17 @@ class PredictionWriter(BasePredictionWriter):
             record = self.writer.write(index, image.shape[-2:], found)
             self.parts.add(index, {"file_name": path.relative_to(self.data.root).as_posix(), **record})
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.parts is not None:
+            self.parts.release()
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Here, as Lightning calls nothing before where all parts were done; and the progress bar is closed."""
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return
         if (done := self.parts.done()) < len(self.parts.numbers):  # as limit_predict_batches may leave it
+            self.parts.release()
             print(f"{done} of {len(self.parts.numbers)} parts are done; the same command goes on")
             return
         told, count = self.writer.finish(self.parts), self.parts.count
