@@ -13,7 +13,7 @@ HELP = """Looks at a data set and prints all that is wrong with it: labels, and 
 --decode, their pixels as well. In parallel (data.num_workers). A config of `shunted-lit fit` works as it is."""
 
 
-def data_parser(command: str, description: str) -> ArgumentParser:
+def data_parser(command: str, description: str, words: Sequence[str]) -> ArgumentParser:
     """Of a command that takes data, by the words and configs of `shunted-lit fit`."""
     parser = ArgumentParser(prog=f"shunted-lit {command}", description=description)
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a config, as for fit; may be given repeatedly")
@@ -21,7 +21,8 @@ def data_parser(command: str, description: str) -> ArgumentParser:
     parser.add_subclass_arguments(BaseTask, "model", required=False, help="tells what to look at: boxes, or masks too")
     for other in ("trainer", "checkpoint", "report", "seed_everything", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{other}", type=Any, help="of fit; not looked at")
-    parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
+    if {word.partition("=")[0] for word in words} & {"--model", "-c", "--config"}:  # else --data.annotation tells
+        parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
     for name in ("num_classes", "class_names"):  # which a config of fit leaves out
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
     return parser
@@ -43,7 +44,7 @@ def check(words: Sequence[str]) -> None:
     Raises:
         ValueError: there are faults; how many. They are printed.
     """
-    parser = data_parser("check", HELP)
+    parser = data_parser("check", HELP, words)
     parser.add_argument("--decode", type=bool, default=False, help="read all pixels, which takes as long as an epoch")
     data, config = parse_data(parser, words)
     faults = [fault for split in ("train", "val") for kind in data.look(split, config.decode) for fault in kind]
@@ -51,6 +52,8 @@ def check(words: Sequence[str]) -> None:
     for fault in faults:
         print(fault)
     if faults:
-        raise ValueError(f"{len(faults)} fault{'' if len(faults) == 1 else 's'} in {count} images")
+        raise ValueError(
+            f"{len(faults)} fault{'' if len(faults) == 1 else 's'}{f' in {count} images' if count else ''}"
+        )
     how = "" if config.decode else ", by labels and headers; --decode true reads pixels, too"
     print(f"{count} images, nothing wrong with them{how}")

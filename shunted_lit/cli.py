@@ -62,7 +62,7 @@ The first two tell more by --help. All need Ultralytics (AGPL-3.0): pip install 
 
 ANOTHER = (
     "\nAnother process of this run has ended, or can't be reached; its own last words, on its machine, tell why. "
-    "--ckpt_path last goes on."
+    "--ckpt_path last goes on; predict goes on by the same command."
 )
 # What stops a run from outside, by the words of torch, gloo and NCCL.
 ADVICE = {

@@ -286,7 +286,7 @@ class PredictionWriter(BasePredictionWriter):
             "weights": digest(
                 *(v.reshape(-1).view(torch.uint8).numpy(force=True) for v in pl_module.state_dict().values())
             ),
-            "names of images": digest("\n".join(self.data.names).encode()),
+            **self.data.state(),
             "min_score": self.min_score,
             "pictures": self.pictures,
             **json.loads(json.dumps(settings)),

@@ -1,11 +1,13 @@
 """`shunted-lit shard`: a folder of images, or a set in COCO's or YOLO's format, as shards."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
@@ -14,7 +16,8 @@ from shunted_lit.check import data_parser, parse_data
 from shunted_lit.data.base import FolderDataset
 from shunted_lit.data.faults import DataError
 from shunted_lit.data.image_folder import ClassFolders
-from shunted_lit.data.shards import INDEX
+from shunted_lit.data.reading import FORMATS, IMAGE_SUFFIXES
+from shunted_lit.data.shards import INDEX, VERSION, is_url
 from shunted_lit.files import digest, only_one
 
 HELP = """Writes a data set as shards, tar files in the format of WebDataset, which ClassificationShardsDataModule and
@@ -47,15 +50,26 @@ class Writing(Dataset[int]):
             from webdataset import TarWriter
 
             part = path.with_suffix(".part")
-            with part.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-                for place, index in enumerate(self.rows[number]):
-                    image, known = entry_of(self.dataset, index)
-                    sample = {"__key__": f"{number:06d}{place:06d}", image.suffix.lower()[1:]: read_bytes(image)}
-                    if "label" in known:
-                        sample["cls"] = str(known["label"]).encode()  # as WebDataset's own examples have it
-                    tar.write({**sample, "json": json.dumps(known).encode()})
+            with part.open("wb") as file:
+                with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+                    for place, index in enumerate(self.rows[number]):
+                        image, known = entry_of(self.dataset, index)
+                        sample = {"__key__": f"{number:06d}{place:06d}", suffix_of(image)[1:]: read_bytes(image)}
+                        if "label" in known:
+                            sample["cls"] = str(known["label"]).encode()  # as WebDataset's own examples have it
+                        tar.write({**sample, "json": json.dumps(known).encode()})
+                file.flush()
+                os.fsync(file.fileno())
             part.replace(path)
         return path.stat().st_size
+
+
+def suffix_of(image: Path) -> str:
+    """Of the file, or where that is none of an image's, as COCO may have it, of the format."""
+    if image.suffix.lower() in IMAGE_SUFFIXES:
+        return image.suffix.lower()
+    with Image.open(image, formats=FORMATS) as opened:
+        return f".{opened.format}".lower()
 
 
 def read_bytes(image: Path) -> bytes:
@@ -81,10 +95,13 @@ def shard(words: Sequence[str]) -> None:
     Raises:
         ValueError: data that have no files of images, faults in them, or a folder that holds shards of other data.
     """
-    parser = data_parser("shard", HELP)
+    parser = data_parser("shard", HELP, words)
     parser.add_argument("--out", type=str, required=True, help="new folder, for train and val")
     parser.add_argument("--samples", type=int, default=1000, help="images a shard; about 100 MB in all are a good size")
     data, config = parse_data(parser, words)
+    out = Path(config.out)
+    if is_url(config.out):
+        raise ValueError(f"out is {config.out}, but shards are written to a folder; copy that to the store then")
     if config.samples < 1:
         raise ValueError(f"samples is {config.samples}, but 1 or more images a shard are needed")
     try:
@@ -94,37 +111,61 @@ def shard(words: Sequence[str]) -> None:
     faults = [fault for split in ("train", "val") for kind in data.look(split) for fault in kind]
     if faults:
         raise DataError(faults, "data")
-    lock = only_one(Path(config.out))
     for split in ("train", "val"):
         dataset = data.dataset(split)
-        if not isinstance(dataset, ClassFolders | FolderDataset):
+        if type(dataset) not in (ClassFolders, FolderDataset):
             raise ValueError(f"{type(data).__name__} can't be written as shards, but folders of classes, COCO and YOLO")
-        write(Path(config.out, split), dataset, data, split, config.samples)
+        folders = {entry_of(dataset, index)[0].parent.resolve() for index in range(len(dataset))}
+        place = out.resolve()
+        if near := [f for f in folders if f.is_relative_to(place) or place.is_relative_to(f)]:
+            raise ValueError(f"{out}: holds images of the data, such as in {near[0]}; name another folder")
+    lock = only_one(out)
+    for split in ("train", "val"):
+        write(out / split, data.dataset(split), data, split, config.samples)
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
     print(f"{config.out}: shards of {len(data.dataset('train'))} and {len(data.dataset('val'))} images")
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (OSError, ValueError):
+        pass
+    raise ValueError(f"{file}: can't be read; remove this folder, or name a new one")
+
+
 def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
     """A split, its index last."""
     entries = [entry_of(dataset, index) for index in range(len(dataset))]
+    state = [(image.stat().st_size, image.stat().st_mtime_ns) for image, _ in entries]
     origin = {
-        "version": 1,
+        "version": VERSION,
         "annotation": data.annotation,
         "classes": data.class_names,
         "relative": getattr(dataset, "relative", False),  # boxes in fractions of the image
-        "source": digest(json.dumps([known for _, known in entries]).encode()),
+        "source": digest(json.dumps([known for _, known in entries]).encode(), json.dumps(state).encode()),
         "samples": samples,
     }
+    out.mkdir(parents=True, exist_ok=True)
     begun = out / "begun.json"
     for file in (begun, out / INDEX):
-        if file.is_file() and {**json.loads(file.read_text(encoding="utf-8")), "shards": 0} != {**origin, "shards": 0}:
-            raise ValueError(f"{out}: holds shards of other data, or of another number of samples; name a new folder")
-    if (out / INDEX).is_file():
-        print(f"{out}: is there already, and whole")
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(origin), encoding="utf-8")
+        if file.is_file() and any(out.glob("*.tar")):
+            there = read_json(file)
+            if {**there, "shards": 0} != {**origin, "shards": 0}:
+                raise ValueError(
+                    f"{out}: holds shards of other data, of images that have changed since, or of another number of "
+                    "samples; name a new folder"
+                )
+            for shard in there.get("shards", []):  # those that were damaged or lost are written again
+                path = out / shard["name"]
+                if path.is_file() and path.stat().st_size != shard["bytes"]:
+                    path.unlink()
+    part = begun.with_suffix(".part")
+    part.write_text(json.dumps(origin), encoding="utf-8")
+    part.replace(begun)
     order = torch.arange(len(dataset))
     if split == "train":  # else a shard would be of one class, and so would what a step sees
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -318,6 +319,28 @@ def test_many_images_are_predicted_without_pictures(trained, pictures, tmp_path)
     main(predict(trained, pictures, tmp_path, "--predictions.pictures=false"))
     assert not (tmp_path / "pictures").exists()
     assert len(list((tmp_path / "labels").iterdir())) == 21
+
+
+def test_fewer_images_than_devices_are_predicted(trained, pictures, tmp_path):
+    said = torchrun("-m", "shunted_lit", *predict(trained, pictures / "00.png", tmp_path, "--trainer.devices=2",
+                                                  "--trainer.strategy=ddp"))  # fmt: skip
+    assert said.returncode == 0, said.stderr[-3000:]
+    assert "1 image" in said.stdout
+    assert len(list((tmp_path / "labels").iterdir())) == 1
+
+
+def test_images_that_changed_since_are_noticed(trained, pictures, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(pictures, source)
+    main(predict(trained, source, out, "--trainer.limit_predict_batches=4"))
+    Image.new("RGB", (40, 30)).save(source / "00.png")
+    with pytest.raises(ValueError, match=r"was begun with names, sizes and times of images"):
+        main(predict(trained, source, out))
+    (source / "20.png").unlink()
+    with pytest.raises(ValueError, match="was begun with number of images 21, but now it is 20"):
+        main(predict(trained, source, out))
+    with pytest.raises(ValueError, match=r"was begun with folder .*source, but now it is"):
+        main(predict(trained, pictures, out))
 
 
 # --- more than one host

@@ -4,6 +4,7 @@ import functools
 import http.server
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -25,7 +26,7 @@ from shunted_lit.data import (
     YoloDataModule,
 )
 from shunted_lit.data.order import Order
-from shunted_lit.data.shards import Shards
+from shunted_lit.data.shards import Shards, fault_of_known
 from shunted_lit.files import only_one
 from shunted_lit.seeds import seed_sample
 
@@ -324,7 +325,7 @@ def test_writing_that_was_cut_off_goes_on(folder, shards, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match=r"train/index\.json: can't be read"):
         ClassificationShardsDataModule(str(tmp_path / "out"))
     monkeypatch.setattr(writing, "read_bytes", read)
-    with pytest.raises(ValueError, match="holds shards of other data, or of another number of samples"):
+    with pytest.raises(ValueError, match=r"holds shards of other data, .* or of another number of samples"):
         write(tmp_path / "out", f"--data.root={folder}", samples=6)
     write(tmp_path / "out", f"--data.root={folder}")
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
@@ -361,17 +362,26 @@ def replace(path, content):
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("content", "told"), [
+@pytest.mark.parametrize(("change", "told"), [
     ("[", "is no index of shards"),
-    ('{"shards": []}', "is no index of shards"),
-    ('{"shards": [], "classes": [], "annotation": "class"}', "names no shard"),
-    ('{"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1}], "classes": [], "annotation": "class"}', "outside"),
-    ('{"shards": [{"name": "a.tar", "samples": 0, "bytes": 1}], "classes": ["a"], "annotation": "class"}', "without"),
+    ({"shards": 3}, "is no index of shards"),
+    ({"version": 2}, "it is of version 2, but 1 is read; install a newer release"),
+    ({"shards": []}, "needs shards"),
+    ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar of its own"),
+    ({"shards": [{"name": "a::file.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar"),
+    ({"shards": [{"name": "a.tar", "samples": 1, "bytes": 1}] * 2}, "needs shards, each with NAME.tar of its own"),
+    ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 1}]}, "bytes and samples above 0"),
+    ({"shards": [{"name": "a.tar", "samples": 1e400, "bytes": 1}]}, "bytes and samples above 0"),
+    ({"classes": "abc"}, "classes are abc, but a list of names is needed"),
+    ({"classes": ["a"]}, "has other classes than"),
+    ({"annotation": "boxes"}, "has boxes, but class are wanted"),
 ])  # fmt: skip
-def test_an_index_that_is_none_is_told(content, told, shards, tmp_path):
+def test_an_index_that_is_none_is_told(change, told, shards, tmp_path):
     root = copy(shards, tmp_path)
-    replace(root / "train/index.json", content.encode())
-    with pytest.raises(ValueError, match=f"index.json: .*{told}"):
+    file = root / "train/index.json"
+    content = change if isinstance(change, str) else json.dumps({**json.loads(file.read_text()), **change})
+    replace(file, content.encode())
+    with pytest.raises(ValueError, match=told):
         ClassificationShardsDataModule(str(root))
 
 
@@ -424,3 +434,88 @@ def test_a_shard_that_makes_room_before_it_is_open_is_fetched_again(server, tmp_
     monkeypatch.setattr(Shards, "fetch", fetch_and_lose)
     assert shards.read(0, "label")[1][0] in range(3)
     assert server[1]["/val/000000.tar"] == 2
+
+
+def test_what_was_lost_or_changed_since_is_noticed(folder, shards, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(folder, source)
+    write(out, f"--data.root={source}")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "train/000001.tar").unlink()
+    (out / "val/000000.tar").write_bytes(b"cut off")
+    write(out, f"--data.root={source}")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    Image.new("RGB", (9, 9)).save(source / "val/a/0.png")
+    with pytest.raises(ValueError, match=r"out/val: holds shards of other data, of images that have changed since"):
+        write(out, f"--data.root={source}")
+    (out / "train/index.json").write_text("")
+    with pytest.raises(ValueError, match=r"train/index\.json: can't be read; remove this folder, or name a new one"):
+        write(out, f"--data.root={source}")
+
+
+def test_places_that_shards_are_not_written_to(folder, shards):
+    with pytest.raises(ValueError, match="out is s3://bucket/a, but shards are written to a folder"):
+        main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", "--out=s3://bucket/a"])
+    for place in (folder, folder / "train", folder / "train/a/shards"):
+        with pytest.raises(ValueError, match=r"holds images of the data, such as in .*; name another folder"):
+            write(place, f"--data.root={folder}")
+    with pytest.raises(ValueError, match="ClassificationShardsDataModule can't be written as shards"):
+        main(["shard", "--data=ClassificationShardsDataModule", f"--data.root={shards}", f"--out={shards}2"])
+
+
+def test_images_are_known_whatever_their_names_end_in(tmp_path):
+    options = coco(tmp_path / "coco")
+    images = tmp_path / "coco/images"
+    content = (tmp_path / "coco/all.json").read_text()
+    for i, name in enumerate(("p.json", "q.cls", "no_suffix", "r.s.PNG")):
+        (images / f"{i}.png").rename(images / name)
+        content = content.replace(f'"{i}.png"', f'"{name}"')
+    (tmp_path / "coco/all.json").write_text(content)
+    words = [f"--data.{name}={value}" for name, value in options.items()]
+    out = write(tmp_path / "out", *words, "--data.annotation=masks", data="CocoDataModule")
+    here = DetectionShardsDataModule(str(out), annotation="masks", num_workers=0).dataset("val")
+    there = CocoDataModule(**options, annotation="masks", num_workers=0).dataset("val")
+    for index in range(6):
+        torch.testing.assert_close(here[index], there[index], rtol=0, atol=0)
+
+
+GOOD = {"name": "a.png", "image_id": 1, "boxes": [[1, 2, 3, 4]], "labels": [0], "size": [50, 40], "crowd": [],
+        "segments": [[[1, 2, 3, 2, 3, 4]]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {"boxes": None}, {"boxes": [[1, 2, 3]]}, {"boxes": [[1, 2, 3, 1e400]]}, {"boxes": "text"}, {"boxes": []},
+    {"labels": [0.5]}, {"labels": [3]}, {"labels": [True]}, {"labels": 0}, {"crowd": [0, 0]}, {"image_id": "1"},
+    {"size": 3}, {"size": [1, 10**12]}, {"size": None, "segments": [{"size": [9, 9], "counts": "x"}]}, {"name": 5},
+    {"segments": []}, {"segments": [[[1, 2]]]}, {"segments": [[[1, 2, 3, 2, 1e9, 4]]]},
+    {"segments": [{"size": [60000, 60000], "counts": [0, 3600000000]}]},
+    {"segments": [{"size": [40, 50], "counts": "~~~~~"}]},
+], ids=str)  # fmt: skip
+def test_what_a_strangers_shard_tells_is_judged(change):
+    assert fault_of_known(GOOD, 3, False) is None
+    try:
+        told = fault_of_known({**GOOD, **change}, 3, False)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:  # which `Shards.read` takes as well
+        told = str(error)
+    assert told
+
+
+def test_a_server_that_lists_nothing_finds_nothing_missing(shards, tmp_path):
+    class Blind(Quiet):
+        def list_directory(self, path):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+
+    handler = functools.partial(Blind, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{found.server_port}"
+        data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "cache"))
+        assert data.look("train") == ([], [])
+        assert data.dataset("val")[0][1] in range(3)
+        (tmp_path / "file").write_text("")
+        data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "file"))
+        with pytest.raises(ValueError, match=r"can't be made .*; name a folder by cache"):
+            data.dataset("val")[0]
+        found.shutdown()

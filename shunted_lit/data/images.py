@@ -1,5 +1,6 @@
 """Plain images to predict on."""
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 from shunted_lit.data.base import BaseDataModule, collate
 from shunted_lit.data.order import Share
 from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_image
+from shunted_lit.files import digest
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +40,6 @@ class ImagesDataModule(BaseDataModule):
 
     offers = ("none",)
     collate_fn: Callable[[list[Any]], Any] | None = staticmethod(collate)
-    allow_zero_length_dataloader_with_multiple_devices = True  # where few parts are left to do
 
     def __init__(
         self,
@@ -50,6 +51,8 @@ class ImagesDataModule(BaseDataModule):
         num_workers: int = 2,
     ):
         super().__init__(batch_size, num_workers)
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # where few parts are left to do
+        self.prepared = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
         self.to_do: Callable[[], Sequence[int]] | None = None  # images of this process; None for all
         self.root = Path(images)
         self.is_folder = self.root.is_dir()
@@ -71,6 +74,13 @@ class ImagesDataModule(BaseDataModule):
             self.transform = create_transform(
                 input_size=image_size, normalize=False, interpolation=interpolation, crop_pct=crop_pct
             )
+
+    def state(self) -> dict[str, Any]:
+        """By which it is known whether images were added, removed or changed, or are prepared in another way."""
+        files = [(str(path.relative_to(self.root)), path.stat()) for path in self.paths]
+        listed = json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files])
+        return {**self.prepared, "folder": str(self.root.resolve()), "number of images": len(files),
+                "names, sizes and times of images": digest(listed.encode())}  # fmt: skip
 
     @property
     def names(self) -> list[str]:

@@ -7,7 +7,9 @@ seed, epoch and place as for folders, whatever the number of workers, and a run 
 
 import contextlib
 import json
+import math
 import os
+import re
 import tarfile
 import time
 from collections import OrderedDict
@@ -24,12 +26,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record
+from shunted_lit.data.coco import MOST_PIXELS, is_side, is_whole
 from shunted_lit.data.faults import look_through
 from shunted_lit.data.image_folder import ClassificationDataModule
 from shunted_lit.data.reading import read_image
+from shunted_lit.data.segments import fault_of, is_number
 from shunted_lit.files import digest
 
 INDEX = "index.json"
+VERSION = 1
 CACHE = "~/.cache/shunted_lit"
 TRIES = 3  # of a download
 
@@ -51,21 +56,32 @@ class Shards:
         ValueError: there is no index, or it is of something else.
     """
 
-    OPEN = 64  # files that a process holds open
-
     def __init__(self, root: str, cache: str | None = None, cache_gb: float | None = None, window: int = 16):
         self.root, self.cache_gb, self.window = root.rstrip("/"), cache_gb, window
         text = self.text_of_index()
         try:
-            self.index = json.loads(text)
-            self.names = [str(shard["name"]) for shard in self.index["shards"]]
-            self.bytes = [int(shard["bytes"]) for shard in self.index["shards"]]
-            counts = torch.tensor([int(shard["samples"]) for shard in self.index["shards"]])
-            self.classes, self.annotation = list(self.index["classes"]), str(self.index["annotation"])
+            index = json.loads(text)
+            if index["version"] != VERSION:
+                raise ValueError(f"it is of version {index['version']}, but {VERSION} is read; install a newer release")
+            shards = [(shard["name"], shard["bytes"], shard["samples"]) for shard in index["shards"]]
+            classes, self.annotation, self.relative = (
+                index["classes"],
+                str(index["annotation"]),
+                index["relative"] is True,
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.root}/{INDEX}: is no index of shards ({error!r})") from error
-        if not len(counts) or counts.min() < 1 or any("/" in name or name.startswith(".") for name in self.names):
-            raise ValueError(f"{self.root}/{INDEX}: names no shard, one without images, or one outside its folder")
+        known = [isinstance(name, str) and bool(re.fullmatch(r"[\w-]+\.tar", name)) for name, *_ in shards]
+        whole = [isinstance(number, int) and 0 < number < 2**40 for shard in shards for number in shard[1:]]
+        if not shards or not all(known) or not all(whole) or len({name for name, *_ in shards}) < len(shards):
+            raise ValueError(
+                f"{self.root}/{INDEX}: needs shards, each with NAME.tar of its own, and bytes and samples above 0"
+            )
+        if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"{self.root}/{INDEX}: classes are {str(classes)[:80]}, but a list of names is needed")
+        self.classes = classes
+        self.names, self.bytes = [name for name, *_ in shards], [size for _, size, _ in shards]
+        counts = torch.tensor([count for *_, count in shards])
         self.counts = counts
         self.ends = counts.cumsum(0).numpy()
         self.cache = Path(cache or CACHE).expanduser() / digest(self.root.encode(), text)
@@ -105,6 +121,8 @@ class Shards:
             found = {entry["name"].rsplit("/", 1)[-1]: entry.get("size") for entry in files.ls(folder, detail=True)}
         except Exception:  # reading tells
             return []
+        if INDEX not in found:  # a page that lists nothing, as of many web servers
+            return []
         return [
             f"{self.place(i)}: "
             + (f"has {found[name]} bytes, but its index says {size}" if name in found else "missing")
@@ -118,10 +136,13 @@ class Shards:
             return Path(self.place(shard))
         path = self.cache / self.names[shard]
         if not path.is_file():
-            self.cache.mkdir(parents=True, exist_ok=True)
+            try:
+                self.cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{self.cache}: can't be made ({error.strerror}); name a folder by cache") from error
             with FileLock(path.with_suffix(".lock")):
                 if not path.is_file():
-                    with FileLock(self.cache / "room.lock"):
+                    with FileLock(self.cache.parent / "room.lock"):
                         self.make_room(self.bytes[shard])
                         path.with_suffix(".part").touch()
                     self.download(shard, path)
@@ -139,15 +160,16 @@ class Shards:
                 return
             except Exception as error:  # each kind of store has its own
                 if attempt + 1 == TRIES:
+                    part.unlink(missing_ok=True)
                     raise ValueError(f"{self.place(shard)}: can't be read ({error or type(error).__name__})") from error
                 time.sleep(2**attempt)
 
     def make_room(self, size: int) -> None:
-        """For a shard, besides those that are on their way."""
+        """For a shard, besides those that are on their way, in the cache of all data."""
         if self.cache_gb is None:
             return
-        kept = sorted(self.cache.glob("*.tar"), key=lambda path: path.stat().st_mtime)
-        size += max(self.bytes) * len(list(self.cache.glob("*.part")))
+        kept = sorted(self.cache.parent.glob("*/*.tar"), key=lambda path: path.stat().st_mtime)
+        size += max(self.bytes) * len(list(self.cache.parent.glob("*/*.part")))
         while kept and sum(path.stat().st_size for path in kept) + size > self.cache_gb * 1e9:
             kept.pop(0).unlink()  # who reads it now still has it open
 
@@ -171,7 +193,7 @@ class Shards:
             os.close(number)
             raise ValueError(f"{self.place(shard)}: is damaged ({error}); write or copy it again") from error
         self.opened[shard] = (number, list(samples.values()))
-        if len(self.opened) > self.OPEN:
+        if len(self.opened) > self.window + 4:  # each keeps its space, also where it made room
             os.close(self.opened.popitem(last=False)[1][0])
         return self.opened[shard]
 
@@ -188,10 +210,9 @@ class Shards:
             known = json.loads(os.pread(file, sample["json"][1], sample["json"][0]))
             start, size = next(place for suffix, place in sample.items() if suffix not in ("json", "cls"))
             values = [known[name] for name in names]
-            labels = known["labels"] if "labels" in known else [known["label"]]
-            if any(label not in range(len(self.classes)) for label in labels):
-                raise ValueError(f"its classes are {labels}, but there are {len(self.classes)}")
-        except (KeyError, StopIteration, TypeError, ValueError) as error:
+            if fault := fault_of_known(known, len(self.classes), self.relative):
+                raise ValueError(fault)
+        except (AttributeError, KeyError, OverflowError, StopIteration, TypeError, ValueError) as error:
             raise ValueError(f"{self.place(shard)}: image {index} is damaged ({error!r}); write it again") from error
         return os.pread(file, size, start), values
 
@@ -236,6 +257,31 @@ class Shards:
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
+def fault_of_known(known: Any, classes: int, relative: bool) -> str | None:
+    """What is wrong with what a shard, maybe of a stranger's, tells of an image; None where nothing is."""
+    labels = known["labels"] if "boxes" in known else [known["label"]]
+    if not isinstance(known["name"], str) or not isinstance(labels, list):
+        return "name and labels are text and a list, if they are right"
+    if not all(is_whole(label) and 0 <= label < classes for label in labels):
+        return f"its classes are {labels[:9]}, but there are {classes}"
+    if "boxes" not in known:
+        return None
+    boxes, crowd, size, segments = known["boxes"], known["crowd"], known["size"], known["segments"]
+    if not all(len(box) == 4 and all(map(is_number, box)) for box in boxes):
+        return "its boxes are not four finite numbers each"
+    if len(boxes) != len(labels) or len(crowd) not in (0, len(labels)) or not is_whole(known["image_id"]):
+        return f"it has {len(labels)} classes, {len(boxes)} boxes and {len(crowd)} crowd flags"
+    if size is not None and not (len(size) == 2 and all(map(is_side, size)) and math.prod(size) <= MOST_PIXELS):
+        return f"its size is {size}"
+    if segments is not None:
+        if len(segments) != len(labels):
+            return f"it has {len(labels)} classes and {len(segments)} masks"
+        width, height = (1, 1) if relative else size
+        slack = 1e-3 if relative else 1.0
+        return next((f"a mask {fault}" for mask in segments if (fault := fault_of(mask, height, width, slack))), None)
+    return None
+
+
 class ClassShards(Dataset[Any]):
     """Images of shards and their classes."""
 
@@ -262,7 +308,7 @@ class BoxShards(FolderDataset):
 
     def __init__(self, shards: Shards, masks: bool, transform: Callable[..., Any]):
         self.shards, self.masks, self.transform = shards, masks, transform
-        self.relative = bool(shards.index["relative"])
+        self.relative = shards.relative
 
     def __len__(self) -> int:
         return len(self.shards)
