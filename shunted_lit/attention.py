@@ -250,7 +250,13 @@ def cost(
     if name == "neck":
         check_neck_keywords(options)
     with torch.device("meta"):
-        model: Any = ShuntedTransformer(**options) if name == "neck" else timm.create_model(name, **options)
+        try:
+            model: Any = ShuntedTransformer(**options) if name == "neck" else timm.create_model(name, **options)
+        except (
+            RuntimeError,
+            TypeError,
+        ) as error:  # unknown keywords; weights, of which there are none
+            raise ValueError(f"options {options} do not fit {name} ({error})") from error
         channels = model.cin if name == "neck" else model.in_chans
         costs = attention_costs(model.eval(), torch.empty(1, channels, height, width))
     parts = list(costs[0].flops)
@@ -288,6 +294,9 @@ def prepare(source: str, image: Tensor) -> Prepared:
         detector: Any = (
             DetectionTask.load_from_checkpoint(source, map_location="cpu", weights_only=True).eval().detector
         )
+        H, W = image.shape[-2:]
+        if min(H, W) * detector.transform.max_size < max(H, W):
+            raise ValueError(f"the image is {W} x {H}: scaled for this detector, nothing is left")
         images, _ = detector.transform([image])
         return Prepared(detector.backbone, images.tensors, images.image_sizes[0][1] / image.shape[2])
     if task == SegmentationTask.__name__:

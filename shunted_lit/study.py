@@ -16,6 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from shunted_lit.files import only_one
 from shunted_lit.pictures import read_metrics
 
 Scores = dict[str, float]
@@ -56,10 +57,13 @@ def study(
     planned = [Run(file, seed, out / file.stem / f"seed_{seed}", options) for file in files for seed in range(seeds)]
     for run in planned:
         run.check()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is there and no folder; name another by --out")
+    lock = only_one(out)
     console = Console()
     results: dict[str, list[Scores]] = {name: [] for name in names}
     for number, run in enumerate(planned, 1):
-        if not run.done.is_file():
+        if not run.is_done():
             console.print(f"{number} of {len(planned)}: {run.config.stem}, seed {run.seed}", highlight=False)
             run.train()
         results[run.config.stem].append(json.loads(run.done.read_text(encoding="utf-8")))
@@ -68,6 +72,7 @@ def study(
     draw_results(out / "results.png", results)
     console.print(rich_table(table, seeds))
     console.print(f"{out / 'results.csv'}, {out / 'results.png'}", soft_wrap=True, highlight=False)
+    lock.release()
 
 
 class Run:
@@ -89,8 +94,8 @@ class Run:
 
     def check(self) -> None:
         """Raises ValueError where the folder holds something else."""
-        if not self.folder.exists():
-            return
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return  # where one was cut off just then
         if not self.origin.is_file():
             raise ValueError(f"{self.folder}: holds no run of a study; name another folder by --out")
         if json.loads(self.origin.read_text(encoding="utf-8")) != self.made_by():
@@ -98,6 +103,13 @@ class Run:
                 f"{self.folder}: was made by another content of {self.config.name} or by other options; name another "
                 "folder by --out, or remove it"
             )
+
+    def is_done(self) -> bool:
+        """Whether its scores are there, and whole."""
+        try:
+            return bool(json.loads(self.done.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            return False
 
     def train(self) -> None:
         """Runs it from its start; one that was cut off is begun anew."""
@@ -112,9 +124,9 @@ class Run:
         metrics = self.folder / "version_0/metrics.csv"
         if code or not metrics.is_file():
             lines = (self.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
+            told = lines[-1] if code and lines else "without a word" if code else "it has written no metrics.csv"
             raise ValueError(
-                f"{self.config}, seed {self.seed}: training failed: {lines[-1] if lines else 'without a word'}; "
-                f"all of it is in {self.folder / 'log.txt'}"
+                f"{self.config}, seed {self.seed}: training failed: {told}; all of it is in {self.folder / 'log.txt'}"
             )
         best = {name: max(values) for name, (_, values) in read_metrics(metrics).items() if name.startswith("val/")}
         scores = {name: score for name, score in best.items() if score != -1}  # torchmetrics: no such object

@@ -201,3 +201,9 @@ def test_a_network_without_it_is_told():
         attention_maps(torch.nn.Conv2d(3, 3, 1), torch.rand(1, 3, 4, 4), (1, 1))
     with pytest.raises(ValueError, match="4,1 is not within the image of 4 x 4"):
         attention_maps(ShuntedTransformer(**SMALL), torch.rand(1, 16, 4, 4), (4, 1))
+
+
+@pytest.mark.parametrize("options", [{"bogus": 1}, {"pretrained": True}])
+def test_costs_of_options_that_do_not_fit_are_told(options):
+    with pytest.raises(ValueError, match="do not fit shunted_t"):
+        module.cost("shunted_t", options)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from shunted_lit import study as module
 from shunted_lit.cli import main
+from shunted_lit.files import only_one
 
 ROOT = Path(__file__).parent.parent
 TINY = ["--data.train_size=8", "--data.val_size=4", "--data.size=64", "--data.batch_size=4", "--data.num_workers=0",
@@ -111,3 +112,19 @@ def test_what_does_not_fit_is_told(words, message):
     with pytest.raises(ValueError, match=message):
         main(["study", *words])
     assert not list(Path().rglob("done.json"))
+
+
+def test_a_folder_in_use_and_what_a_cut_off_study_leaves(tmp_path):
+    config = tmp_path / "a.yaml"
+    config.write_text("seed_everything: 0")
+    lock = only_one(tmp_path / "study")
+    with pytest.raises(ValueError, match="another process is writing to it"):
+        module.study([config], seeds=1, out=tmp_path / "study")
+    lock.release()
+    with pytest.raises(ValueError, match=r"a\.yaml: is there and no folder; name another by --out"):
+        module.study([config], seeds=1, out=config)
+    run = module.Run(config, 0, tmp_path / "study/a/seed_0", [])
+    run.folder.mkdir(parents=True)
+    run.check()  # it was cut off before its first file
+    run.done.write_text("")
+    assert not run.is_done()
