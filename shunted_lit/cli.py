@@ -332,6 +332,9 @@ def command() -> None:
     except (ValueError, OSError, MisconfigurationException, UnpicklingError) as error:
         print(f"{name}: error: {essence(str(error))}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        sys.exit(130)
     except RuntimeError as error:
         advice = next((advice for known, advice in ADVICE.items() if known in str(error)), None)
         if advice is None:

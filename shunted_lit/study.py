@@ -23,7 +23,7 @@ Scores = dict[str, float]
 
 
 def study(
-    configs: list[Path],
+    configs: list[Path] | Path,
     seeds: int = 3,
     out: Path = Path("study"),
     options: list[str] = [],  # noqa: B006 - read only
@@ -34,15 +34,17 @@ def study(
     same command goes on where it stopped, and more seeds or configs may be added later.
 
     Args:
-        configs: YAML files, or folders of them, in a list: '[configs/ablations]'. Their names tell the rows.
+        configs: a YAML file, a folder of them, or several in a list: '[configs/ablations, mine.yaml]'. Their names tell
+            the rows.
         seeds: each config is trained by the seeds 0, 1, ... up to this number.
         out: folder of the runs, a folder each, and of the results.
         options: further words for all of them, such as '["--trainer.max_time=00:00:05:00"]' for equal time.
 
     Raises:
-        ValueError: no config, two of one name, a number below 1, a run that failed, and a folder of a run that was made
-            by another config or other options.
+        ValueError: no config, two of one name, a number below 1, and a folder of a run that was made by another config
+            or other options; once all others are finished, runs that failed.
     """
+    configs = [configs] if isinstance(configs, Path) else configs
     files = [file for path in configs for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
     if not files:
         told = ", ".join(map(str, configs)) or "an empty list"
@@ -61,18 +63,33 @@ def study(
         raise ValueError(f"{out}: is there and no folder; name another by --out")
     lock = only_one(out)
     console = Console()
-    results: dict[str, list[Scores]] = {name: [] for name in names}
+    results: dict[str, list[Scores]] = {}
+    failed: list[str] = []
     for number, run in enumerate(planned, 1):
         if not run.is_done():
             console.print(f"{number} of {len(planned)}: {run.config.stem}, seed {run.seed}", highlight=False)
-            run.train()
-        results[run.config.stem].append(json.loads(run.done.read_text(encoding="utf-8")))
+            try:
+                run.train()
+            except ValueError as error:
+                console.print(f"  {error}", highlight=False, soft_wrap=True)
+                failed.append(str(error))
+                continue
+        results.setdefault(run.config.stem, []).append(json.loads(run.done.read_text(encoding="utf-8")))
+    if results:
+        report(results, out, seeds, console)
+    lock.release()
+    if failed:
+        told = "\n".join(failed)
+        raise ValueError(told if len(failed) == 1 else f"{len(failed)} of {len(planned)} runs failed:\n{told}")
+
+
+def report(results: Mapping[str, Sequence[Scores]], out: Path, seeds: int, console: Console) -> None:
+    """The table, on the terminal and as CSV, and the picture."""
     table = summary(results)
     write_table(out / "results.csv", table)
     draw_results(out / "results.png", results)
     console.print(rich_table(table, seeds))
     console.print(f"{out / 'results.csv'}, {out / 'results.png'}", soft_wrap=True, highlight=False)
-    lock.release()
 
 
 class Run:
@@ -188,4 +205,5 @@ def draw_results(path: Path, results: Mapping[str, Sequence[Scores]]) -> None:
         axes.invert_yaxis()
         axes.set_title(name.removeprefix("val/"), fontsize=9)
         axes.grid(alpha=0.3)
+    figure.supxlabel("best of a run: a point each, red their mean", fontsize=8)
     figure.savefig(path)

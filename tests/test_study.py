@@ -92,6 +92,7 @@ def test_runs_of_another_kind_are_not_mixed_in(monkeypatch):
         main(["study", "[configs/without.yaml]", "--seeds=1"])
     assert Path("study/with/seed_0/done.json").read_text() == before
     Path("study/without/seed_1").mkdir()
+    Path("study/without/seed_1/mine.txt").write_text("")
     with pytest.raises(ValueError, match="seed_1: holds no run of a study"):
         main(["study", "[configs/without.yaml]", "--seeds=2", f"--options={json.dumps(TINY)}"])
 
@@ -112,6 +113,23 @@ def test_what_does_not_fit_is_told(words, message):
     with pytest.raises(ValueError, match=message):
         main(["study", *words])
     assert not list(Path().rglob("done.json"))
+
+
+def test_a_run_that_fails_leaves_the_others_to_finish(monkeypatch, capsys):
+    def finish(some):
+        if some.config.stem == "with":
+            raise ValueError(f"{some.config}, seed {some.seed}: training failed: a reason")
+        some.folder.mkdir(parents=True)
+        some.origin.write_text(json.dumps(some.made_by()))
+        some.done.write_text(json.dumps({"val/map": 0.5}))
+
+    monkeypatch.setattr(module.Run, "train", finish)
+    with pytest.raises(ValueError, match=r"2 of 4 runs failed:\n.*seed 0: training failed: a reason\n.*seed 1"):
+        run("--seeds=2")
+    assert set(rows()) == {"without"}
+    assert rows()["without"]["runs"] == "2"
+    with pytest.raises(ValueError, match=r"^configs/with\.yaml, seed 0: training failed"):
+        main(["study", "configs/with.yaml", "--seeds=1", f"--options={json.dumps(TINY)}"])
 
 
 def test_a_folder_in_use_and_what_a_cut_off_study_leaves(tmp_path):
