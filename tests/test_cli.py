@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from shunted_lit import ShuntedTransformer
-from shunted_lit.cli import COMMANDS, main, new_version
+from shunted_lit.cli import COMMANDS, COMMANDS_OF_DATA, main, new_version
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import DetectionTask
 
@@ -350,7 +350,7 @@ def test_help_names_the_other_commands(capsys):
         main(["--help"])
     told = " ".join(capsys.readouterr().out.split())
     commands = re.search(r"Besides: (.*); each tells more by --help", told)[1].split(", ")
-    assert commands == sorted([*COMMANDS, "check", "yolo"])
+    assert commands == sorted([*COMMANDS, *COMMANDS_OF_DATA, "yolo"])
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,7 @@ OWN = {
     "test": ["report."],
     "predict": ["predictions."],
     "check": [],
+    "shard": ["out", "samples"],
 }
 
 
