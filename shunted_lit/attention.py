@@ -252,10 +252,7 @@ def cost(
     with torch.device("meta"):
         try:
             model: Any = ShuntedTransformer(**options) if name == "neck" else timm.create_model(name, **options)
-        except (
-            RuntimeError,
-            TypeError,
-        ) as error:  # unknown keywords; weights, of which there are none
+        except (RuntimeError, TypeError) as error:  # unknown keywords; weights, of which there are none
             raise ValueError(f"options {options} do not fit {name} ({error})") from error
         channels = model.cin if name == "neck" else model.in_chans
         costs = attention_costs(model.eval(), torch.empty(1, channels, height, width))

@@ -6,6 +6,7 @@ from typing import Any
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from shunted_lit.data import BaseDataModule
+from shunted_lit.data.base import serves
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import annotation_for
 
@@ -33,9 +34,14 @@ def parse_data(parser: ArgumentParser, words: Sequence[str]) -> tuple[Any, Any]:
     config = parser.parse_args(list(words))
     wanted, config.model = annotation_for(config.model), None
     data = parser.instantiate(config).data
-    if wanted and data.annotation not in (wanted, {"boxes": "masks"}.get(wanted)):  # masks have boxes besides
+    if wanted and not serves(data.annotation, wanted):
         raise ValueError(f"the task learns from {wanted}, but {type(data).__name__} has {data.annotation}")
     return data, config
+
+
+def faults_of(data: BaseDataModule, decode: bool = False) -> list[str]:
+    """All that is wrong with both splits."""
+    return [fault for split in ("train", "val") for kind in data.look(split, decode) for fault in kind]
 
 
 def check(words: Sequence[str]) -> None:
@@ -47,13 +53,12 @@ def check(words: Sequence[str]) -> None:
     parser = data_parser("check", HELP, words)
     parser.add_argument("--decode", type=bool, default=False, help="read all pixels, which takes as long as an epoch")
     data, config = parse_data(parser, words)
-    faults = [fault for split in ("train", "val") for kind in data.look(split, config.decode) for fault in kind]
+    faults = faults_of(data, config.decode)
     count = sum(len(dataset) for dataset in data.datasets.values())
     for fault in faults:
         print(fault)
     if faults:
-        raise ValueError(
-            f"{len(faults)} fault{'' if len(faults) == 1 else 's'}{f' in {count} images' if count else ''}"
-        )
+        where = f" in {count} images" if count else ""
+        raise ValueError(f"{len(faults)} fault{'' if len(faults) == 1 else 's'}{where}")
     how = "" if config.decode else ", by labels and headers; --decode true reads pixels, too"
     print(f"{count} images, nothing wrong with them{how}")

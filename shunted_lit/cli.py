@@ -200,7 +200,7 @@ class ShuntedCLI(LightningCLI):
             raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config, self.made = self.config_init[self.subcommand], None
+        config = self.config_init[self.subcommand]
         if self.subcommand == "predict" or config.trainer.logger is False:  # there is no folder of the run's own
             self.save_config_callback = None
         if self.subcommand == "predict":

@@ -18,7 +18,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxe
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from shunted_lit.features import FeaturePath, groups_of_a_size
-from shunted_lit.ranks import mean_over_ranks, world_size
+from shunted_lit.ranks import divisor, world_size
 
 
 class Pyramid(nn.Module):
@@ -61,9 +61,11 @@ class SharedFCOSHead(FCOSHead):
 
     def compute_loss(self, targets: Any, head_outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> Any:
         losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)
+        if world_size() == 1:
+            return losses
         own = torch.stack([(indices >= 0).sum() for indices in matched_idxs]).sum()
-        factor = own.clamp(min=1) / mean_over_ranks(own).clamp(min=1 / world_size())
-        return {name: loss * factor for name, loss in losses.items()} if world_size() > 1 else losses
+        factor = own.clamp(min=1) / divisor(own)
+        return {name: loss * factor for name, loss in losses.items()}
 
 
 def fcos(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keywords: Any) -> FCOS:

@@ -1,6 +1,8 @@
 """Nothing of a user's is overwritten: commands write to new files and folders."""
 
 import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,19 @@ def only_one(folder: Path) -> FileLock:
     except Timeout:
         raise ValueError(f"{folder}: another process is writing to it; wait for it, or name another folder") from None
     return lock
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes beside the place of a file and moves it there: what stands there is whole."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+def stamp(files: Iterable[Path], *known: Any) -> str:
+    """By which it is known whether one of the files has changed, by size and time, or what is known of them."""
+    found = [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
+    return digest(json.dumps([found, *known]).encode())
 
 
 def digest(*contents: Any) -> str:

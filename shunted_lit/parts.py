@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from shunted_lit.files import only_one
+from shunted_lit.files import only_one, write_whole
 
 
 class Parts:
@@ -37,9 +37,7 @@ class Parts:
         file = self.folder / "origin.json"
         if not file.is_file():
             size = min(max(-(-self.count // (8 * processes)), 1), self.MOST)  # several for each process
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps({**self.origin, "size": size}), encoding="utf-8")
-            part.replace(file)
+            write_whole(file, json.dumps({**self.origin, "size": size}))
 
     def join(self) -> None:
         try:

@@ -68,12 +68,16 @@ class Writer:
                 "name another folder by --predictions.out"
             )
 
-    def write(self, index: int, size: tuple[int, int], prediction: Any) -> Record:
+    def keep(self, prediction: Any) -> Any:
+        """What of a prediction is written and drawn, on the CPU."""
+        raise NotImplementedError
+
+    def write(self, index: int, size: tuple[int, int], kept: Any) -> Record:
         """Writes the files of an image of this height and width; returns what its tables need, plain values."""
         raise NotImplementedError
 
-    def draw(self, image: Tensor, prediction: Any) -> Image.Image:
-        """The picture of a prediction on its image (3, H, W), uint8."""
+    def draw(self, image: Tensor, kept: Any) -> Image.Image:
+        """The picture of what is kept on its image (3, H, W), uint8."""
         raise NotImplementedError
 
     def finish(self, records: Iterable[Record]) -> str:
@@ -103,17 +107,17 @@ class BoxWriter(Writer):
     folders = {"pictures": ".png", "labels": ".txt"}  # noqa: RUF012
     tables = ("predictions.json", "classes.txt")
 
-    def kept(self, prediction: dict[str, Tensor]) -> dict[str, Tensor]:
+    def keep(self, prediction: dict[str, Tensor]) -> dict[str, Tensor]:
         kept = prediction["scores"] >= self.min_score
         if "masks" in prediction:
             kept &= prediction["masks"].flatten(1).any(1)  # one without a pixel is no object
         return {key: value[kept].cpu() for key, value in prediction.items()}
 
-    def draw(self, image: Tensor, prediction: dict[str, Tensor]) -> Image.Image:
-        return picture_of_boxes(image, self.kept(prediction), self.class_names, self.min_score)
+    def draw(self, image: Tensor, found: dict[str, Tensor]) -> Image.Image:
+        return picture_of_boxes(image, found, self.class_names, self.min_score)
 
-    def write(self, index: int, size: tuple[int, int], prediction: dict[str, Tensor]) -> Record:
-        found, (height, width) = self.kept(prediction), size
+    def write(self, index: int, size: tuple[int, int], found: dict[str, Tensor]) -> Record:
+        height, width = size
         corners = found["boxes"].float()
         fractions = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
         fractions /= torch.tensor([width, height, width, height])
@@ -174,11 +178,13 @@ class MapWriter(Writer):
     folders = {"pictures": ".png", "masks": ".png"}  # noqa: RUF012
     tables = ("classes.txt",)
 
-    def draw(self, image: Tensor, prediction: Tensor) -> Image.Image:
-        return picture_of_map(image, prediction.byte().cpu(), self.class_names)
+    def keep(self, prediction: Tensor) -> Tensor:
+        return prediction.byte().cpu()
 
-    def write(self, index: int, size: tuple[int, int], prediction: Tensor) -> Record:
-        label_map = prediction.byte().cpu()
+    def draw(self, image: Tensor, label_map: Tensor) -> Image.Image:
+        return picture_of_map(image, label_map, self.class_names)
+
+    def write(self, index: int, size: tuple[int, int], label_map: Tensor) -> Record:
         mask = Image.fromarray(label_map.numpy(), mode="P")
         mask.putpalette(png_palette(len(self.class_names)))
         self.save("masks", index, mask)
@@ -201,15 +207,16 @@ class ClassWriter(Writer):
     folders = {"pictures": ".png"}  # noqa: RUF012
     tables = ("predictions.csv",)
 
-    def best(self, prediction: Tensor) -> tuple[list[int], list[float]]:
+    def keep(self, prediction: Tensor) -> tuple[list[int], list[float]]:
+        """The best labels, and their scores."""
         scores, labels = prediction.float().cpu().topk(min(5, len(self.class_names)))
         return labels.tolist(), scores.tolist()
 
-    def draw(self, image: Tensor, prediction: Tensor) -> Image.Image:
-        return picture_of_class(image, *self.best(prediction), self.class_names)
+    def draw(self, image: Tensor, best: tuple[list[int], list[float]]) -> Image.Image:
+        return picture_of_class(image, *best, self.class_names)
 
-    def write(self, index: int, size: tuple[int, int], prediction: Tensor) -> Record:
-        labels, scores = self.best(prediction)
+    def write(self, index: int, size: tuple[int, int], best: tuple[list[int], list[float]]) -> Record:
+        labels, scores = best
         names = [self.class_names[label] for label in labels]
         return {"label": labels[0], "row": [x for pair in zip(names, scores, strict=True) for x in pair]}
 
@@ -313,10 +320,10 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         for image, index, found in zip(batch[0], map(int, batch[1]), prediction, strict=True):
-            path = self.data.paths[index]
+            path, kept = self.data.paths[index], self.writer.keep(found)
             if self.pictures:
-                self.writer.save("pictures", index, self.writer.draw(pil_to_tensor(read_image(path)), found))
-            record = self.writer.write(index, image.shape[-2:], found)
+                self.writer.save("pictures", index, self.writer.draw(pil_to_tensor(read_image(path)), kept))
+            record = self.writer.write(index, image.shape[-2:], kept)
             self.parts.add(index, {"file_name": path.relative_to(self.data.root).as_posix(), **record})
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

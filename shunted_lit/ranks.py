@@ -12,17 +12,16 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_ranks(value: Tensor) -> Tensor:
-    """Of a number that each process has; all of them have to ask.
+def divisor(count: Tensor) -> Tensor:
+    """What a process divides its summed loss by, from its count, such as that of its labelled pixels; all have to ask.
 
-    A loss over the count of all processes, such as that of all labelled pixels, needs it: gradients are averaged over
-    processes, so a loss over the count of its own would be another one than in a single process.
+    Gradients are averaged over processes: only over the count of all, at least 1, is the loss that of a single process.
     """
     if world_size() == 1:
-        return value
-    total = value.detach().double()
+        return count.clamp(min=1)
+    total = count.detach().double()
     dist.all_reduce(total)
-    return (total / world_size()).to(value.dtype if value.is_floating_point() else total.dtype)
+    return total.clamp(min=1) / world_size()
 
 
 def gathered(values: list[Any]) -> list[Any]:

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from shunted_lit.check import data_parser, parse_data
+from shunted_lit.check import data_parser, faults_of, parse_data
 from shunted_lit.data.base import FolderDataset
 from shunted_lit.data.faults import DataError
 from shunted_lit.data.image_folder import ClassFolders
 from shunted_lit.data.reading import FORMATS, IMAGE_SUFFIXES
 from shunted_lit.data.shards import INDEX, VERSION, is_url
-from shunted_lit.files import digest, only_one
+from shunted_lit.files import only_one, stamp, write_whole
 
 HELP = """Writes a data set as shards, tar files in the format of WebDataset, which ClassificationShardsDataModule and
 DetectionShardsDataModule read from a disk or an object store. Images are as they were, byte for byte; those to train on
@@ -108,15 +108,14 @@ def shard(words: Sequence[str]) -> None:
         import webdataset  # noqa: F401 - here, not in each process
     except ImportError as error:
         raise ValueError("shards are written by webdataset: pip install 'shunted-lit[shards]'") from error
-    faults = [fault for split in ("train", "val") for kind in data.look(split) for fault in kind]
-    if faults:
+    if faults := faults_of(data):
         raise DataError(faults, "data")
     for split in ("train", "val"):
         dataset = data.dataset(split)
         if type(dataset) not in (ClassFolders, FolderDataset):
             raise ValueError(f"{type(data).__name__} can't be written as shards, but folders of classes, COCO and YOLO")
-        folders = {entry_of(dataset, index)[0].parent.resolve() for index in range(len(dataset))}
-        place = out.resolve()
+        parents = {entry_of(dataset, index)[0].parent for index in range(len(dataset))}
+        folders, place = [folder.resolve() for folder in parents], out.resolve()
         if near := [f for f in folders if f.is_relative_to(place) or place.is_relative_to(f)]:
             raise ValueError(f"{out}: holds images of the data, such as in {near[0]}; name another folder")
     lock = only_one(out)
@@ -139,14 +138,13 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
     """A split, its index last."""
-    entries = [entry_of(dataset, index) for index in range(len(dataset))]
-    state = [(image.stat().st_size, image.stat().st_mtime_ns) for image, _ in entries]
+    images, known = zip(*(entry_of(dataset, index) for index in range(len(dataset))), strict=True)
     origin = {
         "version": VERSION,
         "annotation": data.annotation,
         "classes": data.class_names,
         "relative": getattr(dataset, "relative", False),  # boxes in fractions of the image
-        "source": digest(json.dumps([known for _, known in entries]).encode(), json.dumps(state).encode()),
+        "source": stamp(images, known),
         "samples": samples,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -163,9 +161,7 @@ def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
                 path = out / shard["name"]
                 if path.is_file() and path.stat().st_size != shard["bytes"]:
                     path.unlink()
-    part = begun.with_suffix(".part")
-    part.write_text(json.dumps(origin), encoding="utf-8")
-    part.replace(begun)
+    write_whole(begun, json.dumps(origin))
     order = torch.arange(len(dataset))
     if split == "train":  # else a shard would be of one class, and so would what a step sees
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
@@ -178,7 +174,5 @@ def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
         {"name": f"{number:06d}.tar", "samples": len(row), "bytes": int(size)}
         for number, (row, size) in enumerate(zip(rows, sizes, strict=True))
     ]
-    part = out / f"{INDEX}.part"
-    part.write_text(json.dumps({**origin, "shards": shards}), encoding="utf-8")
-    part.replace(out / INDEX)
+    write_whole(out / INDEX, json.dumps({**origin, "shards": shards}))
     begun.unlink()

@@ -35,8 +35,9 @@ def write(kind, out, predictions, min_score=0.3):
     out.mkdir(exist_ok=True)
     records = []
     for i, found in enumerate(predictions):
-        writer.save("pictures", i, writer.draw(pil_to_tensor(image()), found))
-        records.append({"file_name": f"{i}.png", **writer.write(i, (40, 60), found)})
+        kept = writer.keep(found)
+        writer.save("pictures", i, writer.draw(pil_to_tensor(image()), kept))
+        records.append({"file_name": f"{i}.png", **writer.write(i, (40, 60), kept)})
     return writer.finish(records)
 
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from two_hosts import STEPS, back_again, survivor, two_hosts, why_not
+from two_hosts import STEPS, back_again, survivor, two_hosts, wait_for_steps, why_not
 
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
@@ -85,8 +84,7 @@ def test_two_processes_train_and_judge_as_one(name, trained, tmp_path):
     main(words(name, tmp_path, 8))
     one, two = tmp_path / "version_0", trained / name / "version_0"
     states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
-    begun = states[0].keys() == states[1].keys()
-    assert begun
+    assert states[0].keys() == states[1].keys()
     assert len(states[0]) > 50
     torch.testing.assert_close(*states, rtol=0, atol=1e-5)
     scores = [{key: float(value) for row in rows(run) for key, value in row.items() if key.startswith("val/") and value}
@@ -225,13 +223,9 @@ def test_two_processes_stop_at_a_signal_and_go_on(trained, tmp_path):
     """SIGTERM to both in mid-epoch, then --ckpt_path last: the weights are those of the run that was not stopped."""
     command = words("fcos", tmp_path, 4, **{"trainer.strategy": "ddp", "trainer.devices": 2, "ckpt_path": "last"})
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "shunted_lit"]
-    file = tmp_path / "version_0/metrics.csv"
     with subprocess.Popen([*launch, *command], stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
-        for _ in range(1200):
-            if file.is_file() and len(file.read_text().splitlines()) > 1:
-                break
-            time.sleep(0.1)
+        wait_for_steps(1, tmp_path, [process])
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
         told = process.communicate(timeout=120)[1]
     assert process.returncode != 0
@@ -403,12 +397,8 @@ def test_a_job_of_slurm_stops_before_its_time_is_up_and_is_queued_again(tmp_path
     }  # fmt: skip
     command = ["bash", str(job), *FOR_TEST, "--data.batch_size=4", "--trainer.max_epochs=8",
                "--trainer.sync_batchnorm=false", "--checkpoint.save_top_k=0"]  # fmt: skip
-    file = tmp_path / "runs/version_0/metrics.csv"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True) as process:
-        for _ in range(1200):
-            if file.is_file() and len(file.read_text().splitlines()) > 1:
-                break
-            time.sleep(0.1)
+        wait_for_steps(1, tmp_path / "runs", [process])
         listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
         os.kill(int(listed.split()[0]), signal.SIGTERM)  # SLURM signals the steps of a job, not its script
         told = process.communicate(timeout=120)[1]

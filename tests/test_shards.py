@@ -310,7 +310,7 @@ def test_a_shard_that_a_server_has_not_is_told(server, shards, tmp_path, monkeyp
 
 
 def test_writing_that_was_cut_off_goes_on(folder, shards, tmp_path, monkeypatch):
-    whole, read, count = (lambda path: path.read_bytes()), writing.read_bytes, iter(range(100))
+    read, count = writing.read_bytes, iter(range(100))
 
     def fails(path):
         if next(count) == 12:
@@ -331,7 +331,7 @@ def test_writing_that_was_cut_off_goes_on(folder, shards, tmp_path, monkeypatch)
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
     for path in shards.rglob("*"):
         if path.is_file():
-            assert whole(tmp_path / "out" / path.relative_to(shards)) == whole(path), path
+            assert (tmp_path / "out" / path.relative_to(shards)).read_bytes() == path.read_bytes(), path
     write(tmp_path / "out", f"--data.root={folder}")  # is there already
 
 

@@ -28,6 +28,11 @@ Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
 
 
+def serves(given: str, wanted: str) -> bool:
+    """Whether data that come with `given` are what a task learns from: masks have boxes besides."""
+    return given == wanted or (given, wanted) == ("masks", "boxes")
+
+
 def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]:
     """Images and targets as two lists: images keep their own sizes."""
     images, targets = zip(*samples, strict=True)
@@ -205,14 +210,18 @@ class BaseDataModule(LightningDataModule):
             **options,
         )
 
+    def replicas_and_rank(self) -> tuple[int, int]:
+        """Number of the processes that share the images, and which of them this is."""
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
     def drop_last(self) -> bool:
         """Whether to leave out a last, smaller training batch: only where a device has a whole one besides."""
-        replicas = self.trainer.world_size if self.trainer else 1
+        replicas, _ = self.replicas_and_rank()
         return self.whole_batches and len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
 
     def order(self, epoch: int, start: int = 0) -> Order:
         """Of the training images of this process; `start` of them were seen."""
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        replicas, rank = self.replicas_and_rank()
         return Order(self.datasets["train"], replicas, rank, self.run_seed, self.repeats, epoch, start)
 
     def names_of(self, epoch: int, batch_idx: int) -> list[str]:
@@ -223,13 +232,11 @@ class BaseDataModule(LightningDataModule):
 
     def share(self, dataset: Any) -> Share | None:
         """Of this process in evaluation or prediction; None where it is alone."""
-        if self.trainer is None or self.trainer.world_size == 1:
+        replicas, rank = self.replicas_and_rank()
+        if replicas == 1:
             return None
-        if len(dataset) < self.trainer.world_size:
-            raise ValueError(
-                f"there are {len(dataset)} images for {self.trainer.world_size} devices; each needs one: take fewer"
-            )
-        replicas, rank = self.trainer.world_size, self.trainer.global_rank
+        if len(dataset) < replicas:
+            raise ValueError(f"there are {len(dataset)} images for {replicas} devices; each needs one: take fewer")
         return Share(range(rank * len(dataset) // replicas, (rank + 1) * len(dataset) // replicas), replicas, rank)
 
     def train_dataloader(self) -> DataLoader[Any]:

@@ -1,6 +1,5 @@
 """Plain images to predict on."""
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,7 +14,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 from shunted_lit.data.base import BaseDataModule, collate
 from shunted_lit.data.order import Share
 from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_image
-from shunted_lit.files import digest
+from shunted_lit.files import stamp
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +76,9 @@ class ImagesDataModule(BaseDataModule):
 
     def state(self) -> dict[str, Any]:
         """By which it is known whether images were added, removed or changed, or are prepared in another way."""
-        files = [(str(path.relative_to(self.root)), path.stat()) for path in self.paths]
-        listed = json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files])
-        return {**self.prepared, "folder": str(self.root.resolve()), "number of images": len(files),
-                "names, sizes and times of images": digest(listed.encode())}  # fmt: skip
+        names = [str(path.relative_to(self.root)) for path in self.paths]
+        return {**self.prepared, "folder": str(self.root.resolve()), "number of images": len(names),
+                "names, sizes and times of images": stamp(self.paths, names)}  # fmt: skip
 
     @property
     def names(self) -> list[str]:
@@ -101,8 +99,7 @@ class ImagesDataModule(BaseDataModule):
         self.datasets = {"predict": Images(self.paths, self.transform)}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        replicas, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        sampler = None if self.to_do is None else Share(self.to_do(), replicas, rank)
+        sampler = None if self.to_do is None else Share(self.to_do(), *self.replicas_and_rank())
         return self.loader(self.datasets["predict"], sampler=sampler)
 
 

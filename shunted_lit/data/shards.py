@@ -25,7 +25,7 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record
+from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, serves
 from shunted_lit.data.coco import MOST_PIXELS, is_side, is_whole
 from shunted_lit.data.faults import look_through
 from shunted_lit.data.image_folder import ClassificationDataModule
@@ -64,11 +64,7 @@ class Shards:
             if index["version"] != VERSION:
                 raise ValueError(f"it is of version {index['version']}, but {VERSION} is read; install a newer release")
             shards = [(shard["name"], shard["bytes"], shard["samples"]) for shard in index["shards"]]
-            classes, self.annotation, self.relative = (
-                index["classes"],
-                str(index["annotation"]),
-                index["relative"] is True,
-            )
+            classes, relative, self.annotation = index["classes"], index["relative"], str(index["annotation"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.root}/{INDEX}: is no index of shards ({error!r})") from error
         known = [isinstance(name, str) and bool(re.fullmatch(r"[\w-]+\.tar", name)) for name, *_ in shards]
@@ -79,11 +75,10 @@ class Shards:
             )
         if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"{self.root}/{INDEX}: classes are {str(classes)[:80]}, but a list of names is needed")
-        self.classes = classes
+        self.classes, self.relative = classes, relative is True
         self.names, self.bytes = [name for name, *_ in shards], [size for _, size, _ in shards]
-        counts = torch.tensor([count for *_, count in shards])
-        self.counts = counts
-        self.ends = counts.cumsum(0).numpy()
+        self.counts = torch.tensor([count for *_, count in shards])
+        self.ends = self.counts.cumsum(0).numpy()
         self.cache = Path(cache or CACHE).expanduser() / digest(self.root.encode(), text)
         self.opened: OrderedDict[int, tuple[int, list[dict[str, tuple[int, int]]]]] = OrderedDict()
         most = max(self.bytes) * (window + 2) / 1e9
@@ -282,17 +277,23 @@ def fault_of_known(known: Any, classes: int, relative: bool) -> str | None:
     return None
 
 
-class ClassShards(Dataset[Any]):
-    """Images of shards and their classes."""
+class InShards:
+    """What both data sets below share: their images are those of `shards`."""
 
-    def __init__(self, shards: Shards, transform: Callable[..., Any]):
-        self.shards, self.transform = shards, transform
+    shards: Shards
 
     def __len__(self) -> int:
         return len(self.shards)
 
     def name_of(self, index: int) -> str:
         return self.shards.read(index, "name")[1][0]
+
+
+class ClassShards(InShards, Dataset[Any]):
+    """Images of shards and their classes."""
+
+    def __init__(self, shards: Shards, transform: Callable[..., Any]):
+        self.shards, self.transform = shards, transform
 
     def read(self, index: int) -> tuple[Any, int]:
         content, (name, label) = self.shards.read(index, "name", "label")
@@ -303,18 +304,12 @@ class ClassShards(Dataset[Any]):
         return self.transform(image), label
 
 
-class BoxShards(FolderDataset):
+class BoxShards(InShards, FolderDataset):
     """Images of shards and their objects."""
 
     def __init__(self, shards: Shards, masks: bool, transform: Callable[..., Any]):
         self.shards, self.masks, self.transform = shards, masks, transform
         self.relative = shards.relative
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def name_of(self, index: int) -> str:
-        return self.shards.read(index, "name")[1][0]
 
     def record(self, index: int) -> tuple[Record, bytes | None]:
         names = ("name", "image_id", "boxes", "labels", "size", "crowd", "segments")
@@ -334,7 +329,7 @@ class ShardsOf:
         if train.classes != val.classes:
             raise ValueError(f"{val.root} has other classes than {train.root}: {val.classes} against {train.classes}")
         for shards in self.shards.values():
-            if shards.annotation != annotation and (shards.annotation, annotation) != ("masks", "boxes"):
+            if not serves(shards.annotation, annotation):
                 raise ValueError(
                     f"{shards.root} has {shards.annotation}, but {annotation} are wanted; choose other data"
                 )

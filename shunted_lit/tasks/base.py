@@ -22,6 +22,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import shunted_lit
+from shunted_lit.data.base import serves
 from shunted_lit.ranks import agree
 from shunted_lit.seeds import seed_step
 from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
@@ -184,9 +185,7 @@ class BaseTask(LightningModule):
     def check_data(self, data: Any) -> None:
         """Raises ValueError where a data module comes with something else than this task learns from."""
         given = getattr(data, "annotation", self.annotation)
-        if (
-            self.annotation and given != self.annotation and (given, self.annotation) != ("masks", "boxes")
-        ):  # masks have boxes besides
+        if self.annotation and not serves(given, self.annotation):
             offers = self.annotation in getattr(data, "offers", ())
             raise ValueError(
                 f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; "

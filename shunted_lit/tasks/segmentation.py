@@ -14,7 +14,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from shunted_lit.data.label_maps import IGNORED
 from shunted_lit.features import FeaturePath, groups_of_a_size
 from shunted_lit.pictures import draw_maps
-from shunted_lit.ranks import mean_over_ranks, world_size
+from shunted_lit.ranks import divisor
 from shunted_lit.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
 
@@ -238,5 +238,5 @@ class SegmentationTask(BaseTask):
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the labelled pixels of (B, classes, H, W) and (B, H, W), of all processes; 0 where there is none."""
-    labelled = mean_over_ranks((target != IGNORED).sum()).clamp(min=1 / world_size())
+    labelled = divisor((target != IGNORED).sum())
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum") / labelled
