@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dt
 
 from shunted_lit.ablations import HeadsEnhancedAfter, LinearAggregation
 from shunted_lit.data.reading import read_image
+from shunted_lit.detectors import widened
 from shunted_lit.features import check_neck_keywords
 from shunted_lit.files import check_new_file
 from shunted_lit.shunted import VARIANTS, PlainHeads, ShuntedHeads, ShuntedTransformer, Size, split_heads
@@ -291,9 +292,7 @@ def prepare(source: str, image: Tensor) -> Prepared:
         detector: Any = (
             DetectionTask.load_from_checkpoint(source, map_location="cpu", weights_only=True).eval().detector
         )
-        H, W = image.shape[-2:]
-        if min(H, W) * detector.transform.max_size < max(H, W):
-            raise ValueError(f"the image is {W} x {H}: scaled for this detector, nothing is left")
+        image = widened(detector, image)
         images, _ = detector.transform([image])
         return Prepared(detector.backbone, images.tensors, images.image_sizes[0][1] / image.shape[2])
     if task == SegmentationTask.__name__:

@@ -183,19 +183,25 @@ def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tens
 
     torchvision pads the images of a batch to the largest, and padding leaks through global attention (a 128 x 128 image
     beside one of 128 x 256 moves the maps of a backbone by up to 14 %). By itself an image is padded to a multiple of
-    32, which depends on nothing else. One so narrow that torchvision would scale its short side to nothing is widened
-    by black.
+    32, which depends on nothing else.
     """
     results: dict[int, dict[str, Tensor]] = {}
-    longest: Any = detector.transform.max_size  # type: ignore[union-attr]
     for indices in groups_of_a_size(images):
-        H, W = images[indices[0]].shape[-2:]
-        least = -(-max(H, W) // longest)
-        found = detector([F.pad(images[i], [0, max(least - W, 0), 0, max(least - H, 0)]) for i in indices])
-        if min(H, W) < least:
+        wide = [widened(detector, images[i]) for i in indices]
+        found, (H, W) = detector(wide), images[indices[0]].shape[-2:]
+        if wide[0].shape[-2:] != (H, W):
             found = [within(result, H, W) for result in found]
         results.update(zip(indices, found, strict=True))
     return [results[i] for i in range(len(images))]
+
+
+def widened(detector: nn.Module, image: Tensor) -> Tensor:
+    """An image (3, H, W), or where it is so narrow that torchvision would scale its short side to nothing, with black
+    at the right or bottom."""
+    longest: Any = detector.transform.max_size  # type: ignore[union-attr]
+    H, W = image.shape[-2:]
+    least = -(-max(H, W) // longest)
+    return F.pad(image, [0, max(least - W, 0), 0, max(least - H, 0)])
 
 
 def within(result: dict[str, Tensor], H: int, W: int) -> dict[str, Tensor]:

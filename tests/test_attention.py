@@ -190,6 +190,9 @@ def test_picture_of_a_trained_network(config, options, places, monkeypatch):
     main(["attention", "a.png", f"--ckpt={checkpoint}", "--point=80,50", "--out=all.png", "--every_block=true"])
     every = {found.name.rpartition(".groups")[0] for found in drawn[1][2]}
     assert rows < every
+    Image.new("RGB", (400, 1), (200, 30, 30)).save("thin.png")  # which the detector, too, is given wider
+    main(["attention", "thin.png", f"--ckpt={checkpoint}", "--point=300,0", "--out=thin_seen.png"])
+    assert all(found.token[0] == int(300 * drawn[2][4] / found.stride) for found in drawn[2][2])
 
 
 def test_a_network_without_it_is_told():
