@@ -35,12 +35,14 @@ from shunted_lit.shunted import ShuntedHeads, ShuntedTransformer, pad_to_multipl
 log = logging.getLogger(__name__)
 
 Backend = Literal["eager", "compile", "onnx", "openvino"]
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "mixed"]
 Mode = Literal["inference", "training"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SHORT = {"float32": "f32", "bfloat16": "bf16"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.bfloat16}  # of products
+SHORT = {"float32": "f32", "bfloat16": "bf16", "mixed": "mixed"}
 MATMUL = "matrix product"  # of squares: what the machine can do, measured in the same run
 SIDE = {"cpu": 2048, "cuda": 8192}  # of these squares
+CALLS = {"cpu": 1, "cuda": 5}  # of a step each time: a GPU begins while the processor still tells it what to do
+COMPILE = {"cpu": None, "cuda": "reduce-overhead"}  # CUDA graphs: to launch a kernel would take longer than the kernel
 
 
 class PlainNeck(nn.Module):
@@ -156,8 +158,10 @@ class Candidate:
         model, x = model.to(device), x.to(device)
         if device == "cuda":
             model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        mixed = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16")
-        run: Any = torch.compile(model) if self.backend == "compile" else model
+        training = self.mode == "training"
+        by_autocast = self.precision == "mixed" or (training and self.precision == "bfloat16")
+        mixed = torch.autocast(device, torch.bfloat16, enabled=by_autocast)
+        run: Any = torch.compile(model, mode=COMPILE[device]) if self.backend == "compile" else model
 
         def train() -> None:
             model.zero_grad(set_to_none=True)
@@ -165,12 +169,16 @@ class Candidate:
                 loss = run(x).float().square().mean()
             loss.backward()
 
-        if self.mode == "training":
+        def infer() -> None:
+            with torch.inference_mode(), mixed:
+                run(x)
+
+        if training:
             return train
-        dtype = DTYPES[self.precision]
-        model.to(dtype)
-        x = x.to(dtype)
-        return torch.inference_mode()(lambda: run(x))
+        if not by_autocast:
+            model.to(DTYPES[self.precision])
+            x = x.to(DTYPES[self.precision])
+        return infer
 
     def prepare_exported(self, model: nn.Module, x: Tensor, folder: Path) -> Callable[[], Any]:
         kind = FORMATS[self.backend]
@@ -184,14 +192,16 @@ class Candidate:
     def flops(self) -> int:
         """Multiplications and additions of a step, by torch's counter; backwards twice as many as forwards."""
         counter = FlopCounterMode(display=False)
-        # As products, since the counter does not know the fused attention of processors.
+        # Of one image; attention as products, since the counter does not know the fused one of processors.
         with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            self.build().eval()(torch.rand(self.shape))
-        return counter.get_total_flops() * (3 if self.mode == "training" else 1)
+            self.build().eval()(torch.rand(1, *self.shape[1:]))
+        return counter.get_total_flops() * self.shape[0] * (3 if self.mode == "training" else 1)
 
     def peak_memory(self, device: str) -> int | None:
         """Bytes above the loaded model during a step; on processors of a new process, and None where it can't tell."""
         if device == "cuda":
+            if self.backend == "compile":  # graphs keep all of theirs
+                return None
             step = self.prepare(device, Path())
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -226,15 +236,17 @@ def interleave(
     steps: Mapping[Candidate, Callable[[], Any]], rounds: int, device: str, title: str
 ) -> dict[Candidate, list[float]]:
     """Seconds of each step, one after the other in each round; the first two rounds do not count."""
+    calls = CALLS[device]
     times: dict[Candidate, list[float]] = {candidate: [] for candidate in steps}
     for number in track(range(rounds + 2), title, transient=True):
         for candidate, step in steps.items():
             began = time.perf_counter()
-            step()
+            for _ in range(calls):
+                step()
             if device == "cuda":
                 torch.cuda.synchronize()
             if number >= 2:
-                times[candidate].append(time.perf_counter() - began)
+                times[candidate].append((time.perf_counter() - began) / calls)
     return times
 
 
@@ -311,9 +323,9 @@ def benchmark(
         against: your own networks, as module:factory, a function or class that is called without arguments.
         against_input: whether these take the necks' features or the backbones' images.
         modes: "inference", "training" (a step forwards and backwards, bfloat16 by autocast), or both.
-        backends: "eager", "compile" (torch.compile), "onnx" (onnxruntime, float32 and inference alone), "openvino"
-            (inference alone).
-        precisions: "float32", "bfloat16", or both.
+        backends: "eager", "compile" (torch.compile, on GPUs with CUDA graphs), "onnx" (onnxruntime, float32 and
+            inference alone), "openvino" (inference alone).
+        precisions: any of "float32", "bfloat16", "mixed" (weights in float32, bfloat16 by autocast).
         neck: keywords of `ShuntedTransformer`, such as {"cin": 256}.
         size, batch, train_batch: height and width of the features, and how many at a time.
         image_size, image_batch: the same of images.
@@ -352,7 +364,7 @@ def benchmark(
     for name in dict.fromkeys(c.model for candidates in groups.values() for c in candidates):
         Candidate(name, options=neck).build()  # faults of names are told before long work starts
     if "plain neck" in necks:
-        check_plain(neck)
+        check_plain(neck, place)
 
     machine = describe(place)
     console = Console()
@@ -381,9 +393,11 @@ def variants(
     shape: tuple[int, ...], neck: Any,
 ) -> list[Candidate]:  # fmt: skip
     """Every model by every backend in every precision, where there is such a thing."""
+    same = mode == "training" and "bfloat16" in precisions  # it trains by autocast, too
     every = [
         Candidate(model, mode, backend, precision, shape, neck)
         for precision in precisions
+        if not (same and precision == "mixed")
         for backend in backends
         for model in models
     ]
@@ -391,14 +405,14 @@ def variants(
         c.mode == "inference" and c.precision in FORMATS[c.backend].precisions)]  # fmt: skip
 
 
-def check_plain(neck: Mapping[str, Any]) -> None:
+def check_plain(neck: Mapping[str, Any], device: str) -> None:
     """Raises ValueError where the two necks with the same weights give something else: a ratio would mean nothing."""
-    plain = PlainNeck(**neck).eval()
-    x = torch.rand(1, plain.neck.cin, 9, 14)
+    plain = PlainNeck(**neck).eval().to(device, torch.float64)  # float32 may be TensorFloat-32
+    x = torch.rand(1, plain.neck.cin, 9, 14, device=device, dtype=torch.float64)
     with torch.no_grad():
         error = (plain(x) - plain.neck(x)).abs().max().item()
-    if not error < 1e-3:
-        raise ValueError(f"the plain neck differs by {error:.1e} from the neck; it should not by more than 1e-3")
+    if not error < 1e-9:
+        raise ValueError(f"the plain neck differs by {error:.1e} from the neck; it should not by more than 1e-9")
 
 
 def at_size(name: str, side: int, cin: int, neck: Any, device: str) -> list[dict[str, Any]]:

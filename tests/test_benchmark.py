@@ -79,6 +79,29 @@ def test_peak_memory_counts_what_a_step_takes():
     assert peak == pytest.approx(2 * 50 * 16 * 128 * 128 * 4, rel=0.1)
 
 
+def test_mixed_precision_is_autocast(monkeypatch):
+    """Weights stay in float32 there, and products are in bfloat16; a training step in bfloat16 is the same."""
+    seen = []
+    linear = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        out = linear(x, weight, bias)
+        seen.append((weight.dtype, out.dtype))
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    full, low = torch.float32, torch.bfloat16
+    for mode, precision, expected in [
+        ("inference", "float32", (full, full)), ("inference", "bfloat16", (low, low)),
+        ("inference", "mixed", (full, low)), ("training", "mixed", (full, low)), ("training", "bfloat16", (full, low)),
+    ]:  # fmt: skip
+        seen.clear()
+        Candidate("neck", mode, "eager", precision, (1, 16, 4, 4), {"cin": 16}).prepare("cpu", Path())()
+        assert set(seen) == {expected}
+    rows = benchmark.variants(["neck"], "training", ["eager"], ["bfloat16", "mixed"], (1, 16, 4, 4), None)
+    assert [row.precision for row in rows] == ["bfloat16"]
+
+
 def test_candidates_take_turns():
     calls = []
     one, two = Candidate("neck"), Candidate("plain neck")

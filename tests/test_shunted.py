@@ -21,26 +21,48 @@ from shunted_lit.shunted import SR_RATIOS, DropPath, ResidualDepthwise, from_sou
 NECKS = [name for name, case in CASES.items() if case["kind"] == "neck"]
 
 
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_source(name):
+def test_equals_source(name, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which convolutions would compute in
     case = CASES[name]
     model = build(case)
     model.load_state_dict(source_weights(case), strict=True)
+    model = model.to(device)
     assert sum(p.numel() for p in model.parameters()) == case["params"]
-    x = draw(case["salt"] + 1, case["input_shape"]).requires_grad_()
+    x = draw(case["salt"] + 1, case["input_shape"]).to(device).requires_grad_()
     found = outputs(case, model, x)
     for key, expected in case["outputs"].items():
         assert list(found[key].shape) == expected["shape"]
-        sampled = found[key].detach().flatten()[:: case["sample_stride"]]
+        sampled = found[key].detach().flatten()[:: case["sample_stride"]].cpu()
         torch.testing.assert_close(sampled, OUTPUTS[f"{name}/{key}"], rtol=0, atol=2e-5)
     if "grad_norms" not in case:
         return
-    (100 * (found["output"] * draw(case["salt"] + 2, case["outputs"]["output"]["shape"])).mean()).backward()
+    weights = draw(case["salt"] + 2, case["outputs"]["output"]["shape"]).to(device)
+    (100 * (found["output"] * weights).mean()).backward()
     expected_norms = from_source_names(case["grad_norms"])
     norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     assert norms.keys() == expected_norms.keys()
     assert norms == pytest.approx(expected_norms, rel=1e-4)
     assert x.grad.norm().item() == pytest.approx(case["input_grad_norm"], rel=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", [GPU])
+def test_equals_source_in_bfloat16(device, compiled):
+    case = CASES["neck_512"]
+    model = build(case)
+    model.load_state_dict(source_weights(case))
+    run = torch.compile(model.to(device), mode="reduce-overhead") if compiled else model.to(device)
+    for _ in range(3):  # of graphs the third call is the first that replays
+        with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+            found = run(draw(case["salt"] + 1, case["input_shape"]).to(device))
+    sampled = found.float().cpu().flatten()[:: case["sample_stride"]]
+    expected = OUTPUTS["neck_512/output"]
+    assert (sampled - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("wrap", ["flat", "model", "module", "model and module"])

@@ -145,10 +145,10 @@ def test_a_name_is_enough_for_attention_and_export(tmp_path):
 
 def test_a_plain_neck_that_differs_is_no_measure(monkeypatch, caplog):
     options = {"cin": 32, "depth": 1}
-    check_plain(options)
+    check_plain(options, "cpu")
     monkeypatch.setattr("shunted_lit.benchmark.PlainNeck.forward", lambda self, x: self.neck(x) + 1)
     with pytest.raises(ValueError, match=r"the plain neck differs by 1\.0e"):
-        check_plain(options)
+        check_plain(options, "cpu")
     with caplog.at_level(logging.WARNING):
         assert at_size("plain neck", 10_000, 32, options, "cpu") == []
     assert "plain neck at 10000 x 10000 is left out: it may need 120000000 GB" in caplog.text
