@@ -124,10 +124,13 @@ WIDE = 2**21  # elements of a map from which to save memory: below, it costs mor
 
 
 def recomputes(x: Tensor) -> bool:
-    """Whether a short stretch with wider maps than x inside is computed again by a backward pass, not kept for it."""
+    """Whether a short stretch with wider maps than x inside is computed again by a backward pass, not kept for it.
+
+    On processors: a GPU would wait for the bookkeeping of it, which takes longer there than all the computing.
+    """
     # Compilers decide by themselves what to keep, and a symbolic trace (no Tensor) has no backward pass.
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.numel() >= WIDE
+    return torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.is_cpu and x.numel() >= WIDE
 
 
 def fuses(x: Tensor) -> bool:
