@@ -180,12 +180,12 @@ def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def rich_table(rows: Sequence[Mapping[str, Any]], seeds: int) -> Table:
     title = f"best of a run, mean and standard deviation over {seeds} seeds"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("")
+    table.add_column("", no_wrap=True, min_width=max(len(str(row["config"])) for row in rows))  # whole names
     names = scores_of(rows)
     for name in names:
-        table.add_column(name.removeprefix("val/"), justify="right")
+        table.add_column(name.removeprefix("val/").replace("_", " "), justify="right")
     for row in rows:
-        cells = (f"{row[name]:.3f} ± {row[f'{name} std']:.3f}" if name in row else "" for name in names)
+        cells = (f"{row[name]:.3f}\n±{row[f'{name} std']:.3f}" if name in row else "" for name in names)
         table.add_row(str(row["config"]), *cells)
     return table
 
