@@ -10,6 +10,8 @@ from typing import Any
 
 import timm
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -46,6 +48,10 @@ class AttentionMap:
     stride: int
     token: tuple[int, int]
     weights: Tensor
+
+    def over_equal(self) -> Tensor:
+        """(B, h, w): the heads' mean weights, as multiples of what equal attention to all h x w keys would give."""
+        return self.weights.mean(1) * self.weights[0, 0].numel()
 
 
 def heads_of(model: nn.Module) -> dict[str, PlainHeads]:
@@ -136,6 +142,9 @@ def check_point(point: Point, width: int, height: int) -> None:
 def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], point: Point, scale: float = 1.0) -> None:
     """Writes the image with its point, and beside it a row for each place in the network, a column a granularity.
 
+    Colours have one scale in the whole picture: how many times what each key would get if all got the same. So coarse
+    keys, which are few and large, compare with fine ones, and attention to nothing in particular is grey.
+
     Args:
         path: the picture to write.
         image: (3, H, W) in 0..1.
@@ -153,6 +162,8 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     grid = figure.subplots(len(rows), columns, squeeze=False)
     shown = image.detach().cpu().float().clamp(0, 1)
     grey = shown.mean(0)
+    most = max(2.0, *(float(found.over_equal()[0].max()) for found in maps))
+    scaled = ScalarMappable(LogNorm(1 / most, most, clip=True), "coolwarm")
     for axes in grid.flat:
         axes.set_axis_off()
     for (name, groups), line in zip(rows.items(), grid, strict=True):
@@ -160,11 +171,11 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
         line[0].plot(*point, "o", color="red", markersize=6, markeredgecolor="white")
         line[0].set_title(name.removesuffix(".attn"), fontsize=8)
         for axes, found in zip(line[1:], groups, strict=False):
-            heat = found.weights[0].mean(0).numpy()
+            heat = found.over_equal()[0].numpy()
             cell = found.ratio * found.stride / scale  # pixels of the image a key covers
             axes.imshow(grey.numpy(), cmap="gray", vmin=-0.3, vmax=1.6)
             axes.imshow(
-                heat, cmap="inferno", alpha=0.65, vmin=0, interpolation="nearest",
+                heat, norm=scaled.norm, cmap=scaled.cmap, alpha=0.65, interpolation="nearest",
                 extent=(-0.5, heat.shape[1] * cell - 0.5, heat.shape[0] * cell - 0.5, -0.5),
             )  # fmt: skip
             axes.plot(*point, "o", color="none", markersize=6, markeredgecolor="white")
@@ -172,8 +183,11 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
             axes.set_ylim(H - 0.5, -0.5)
             heads = found.weights.shape[1]
             keys = " x ".join(map(str, heat.shape))
-            told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, most {float(heat.max()):.2g}"
+            told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, up to {heat.max():.3g}x"
             axes.set_title(told, fontsize=8)
+    bar = figure.colorbar(scaled, ax=grid, aspect=40, format="%.3g", label="times what equal attention would be")
+    bar.set_ticks([1 / most, most**-0.5, 1, most**0.5, most])
+    bar.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

@@ -62,6 +62,27 @@ def test_maps_are_what_attention_used(ratios, height, width, batch, data):
         torch.testing.assert_close(again, out, rtol=1e-5, atol=1e-6)
 
 
+def test_a_picture_has_one_scale():
+    """Equal attention is grey, whatever its granularity; a key that gets more than its share is red, the others blue."""
+    peak = torch.full((1, 2, 4, 4), 0.5 / 15)
+    peak[..., 0, 0] = 0.5
+    maps = [
+        module.AttentionMap("block.0.attn.groups.0", 8, 4, (0, 0), torch.full((1, 2, 2, 2), 1 / 4)),
+        module.AttentionMap("block.0.attn.groups.1", 4, 4, (0, 0), peak),
+    ]
+    torch.testing.assert_close(maps[0].over_equal(), torch.ones(1, 2, 2))
+    torch.testing.assert_close(maps[1].over_equal()[0, 0, :2], torch.tensor([8, 8 / 15]))
+    module.draw_attention(Path("a.png"), torch.full((3, 64, 64), 0.5), maps, (63, 63))
+    with Image.open("a.png") as picture:
+        shown = picture.convert("RGB")
+    side, middle = shown.width / 3.3, shown.height // 2  # three panels and the bar
+    equal = shown.getpixel((int(1.4 * side), middle))
+    assert max(equal) - min(equal) < 12
+    across = [shown.getpixel((int(2 * side + i), int(0.2 * shown.height))) for i in range(int(0.9 * side))]
+    assert max(red - blue for red, _, blue in across) > 60
+    assert min(red - blue for red, _, blue in across) < -20
+
+
 def test_recording_leaves_the_network_as_it_was():
     neck = ShuntedTransformer(**SMALL).train()
     x, before = torch.randn(1, 16, 9, 7), {name: len(vars(part)) for name, part in neck.named_modules()}
