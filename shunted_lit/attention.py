@@ -162,8 +162,9 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     grid = figure.subplots(len(rows), columns, squeeze=False)
     shown = image.detach().cpu().float().clamp(0, 1)
     grey = shown.mean(0)
-    most = max(2.0, *(float(found.over_equal()[0].max()) for found in maps))
-    scaled = ScalarMappable(LogNorm(1 / most, most, clip=True), "coolwarm")
+    most = max(4.0, *(float(found.over_equal()[0].max()) for found in maps))
+    half = 2 ** math.ceil(math.log2(most) / 2)  # so that five whole powers of 2 mark the scale
+    scaled = ScalarMappable(LogNorm(1 / half**2, half**2, clip=True), "coolwarm")
     for axes in grid.flat:
         axes.set_axis_off()
     for (name, groups), line in zip(rows.items(), grid, strict=True):
@@ -185,8 +186,10 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
             keys = " x ".join(map(str, heat.shape))
             told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, up to {heat.max():.3g}x"
             axes.set_title(told, fontsize=8)
-    bar = figure.colorbar(scaled, ax=grid, aspect=40, format="%.3g", label="times what equal attention would be")
-    bar.set_ticks([1 / most, most**-0.5, 1, most**0.5, most])
+    bar = figure.colorbar(scaled, ax=grid, aspect=30, pad=0.01, label="times equal attention")
+    bar.set_ticks(
+        [1 / half**2, 1 / half, 1, half, half**2], labels=[f"1/{half**2}", f"1/{half}", "1", f"{half}", f"{half**2}"]
+    )
     bar.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
