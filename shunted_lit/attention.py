@@ -17,6 +17,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor, to_dtype
 
 from shunted_lit.ablations import HeadsEnhancedAfter, LinearAggregation
@@ -273,10 +275,15 @@ def cost(
         except (RuntimeError, TypeError) as error:  # unknown keywords; weights, of which there are none
             raise ValueError(f"options {options} do not fit {name} ({error})") from error
         channels = model.cin if name == "neck" else model.in_chans
-        costs = attention_costs(model.eval(), torch.empty(1, channels, height, width))
+        x, counter = torch.empty(1, channels, height, width), FlopCounterMode(display=False)
+        costs = attention_costs(model.eval(), x)
+        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            model(x)
     parts = list(costs[0].flops)
+    heads, whole = sum(sum(row.flops.values()) for row in costs), counter.get_total_flops()
     table = Table(
         title=f"{name}, 1 x {channels} x {height} x {width}: MFLOPs of each granularity",
+        caption=f"together {heads / 1e6:.0f} of the network's {whole / 1e6:.0f} MFLOPs",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )

@@ -126,7 +126,7 @@ WIDE = 2**21  # elements of a map from which to save memory: below, it costs mor
 def recomputes(x: Tensor) -> bool:
     """Whether a short stretch with wider maps than x inside is computed again by a backward pass, not kept for it.
 
-    On processors: a GPU would wait for the bookkeeping of it, which takes longer there than all the computing.
+    On processors alone: a GPU waits for the bookkeeping, by which an H100's step took longer than the source's.
     """
     # Compilers decide by themselves what to keep, and a symbolic trace (no Tensor) has no backward pass.
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()

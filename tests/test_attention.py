@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import shunted_lit  # noqa: F401 - timm then knows shunted_t
 from shunted_lit import attention as module
 from shunted_lit.attention import attention_costs, attention_maps
+from shunted_lit.benchmark import Candidate
 from shunted_lit.cli import main
 from shunted_lit.shunted import PlainHeads, ShuntedBackbone, ShuntedTransformer
 
@@ -148,12 +149,17 @@ def test_any_number_of_granularities_in_a_stage_of_the_backbone():
 
 
 def test_cost_command(capsys):
-    main(["cost", "neck", "--options={ratios: [8, 4, 2, 1], num_heads: 4, depth: 1}", "--height=20", "--width=20"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("block.0")]
+    options = {"ratios": [8, 4, 2, 1], "num_heads": 4, "depth": 1}
+    main(["cost", "neck", f"--options={options}", "--height=20", "--width=20"])
+    told = capsys.readouterr().out
+    rows = [line.split() for line in told.splitlines() if line.strip().startswith("block.0")]
     assert [row[:5] for row in rows] == [
         ["block.0", "8", "1", "400", "9"], ["block.0", "4", "1", "400", "25"],
         ["block.0", "2", "1", "400", "100"], ["block.0", "1", "1", "400", "400"],
     ]  # fmt: skip
+    heads = sum(float(number) for row in rows for number in row[5:])
+    whole = Candidate("neck", shape=(1, 512, 20, 20), options=options).flops() / 1e6
+    assert f"together {heads:.0f} of the network's {whole:.0f} MFLOPs" in told
 
 
 @pytest.mark.parametrize(
