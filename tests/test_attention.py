@@ -64,7 +64,7 @@ def test_maps_are_what_attention_used(ratios, height, width, batch, data):
 
 
 def test_a_picture_has_one_scale():
-    """Equal attention is grey, whatever its granularity; a key that gets more than its share is red, the others blue."""
+    """Equal attention is grey at any granularity; a key that gets more than its share is red, the others blue."""
     peak = torch.full((1, 2, 4, 4), 0.5 / 15)
     peak[..., 0, 0] = 0.5
     maps = [
