@@ -28,7 +28,7 @@ def study(
     out: Path = Path("study"),
     options: list[str] = [],  # noqa: B006 - read only
 ) -> None:
-    """Train each config by each seed, and compare: a table, results.csv and results.png in a folder.
+    """Train each config by each seed, and compare: a table, results.csv, runs.csv and results.png in a folder.
 
     Runs are `shunted-lit fit` in processes of their own, one after the other. What is finished is not run again: the
     same command goes on where it stopped, and more seeds or configs may be added later.
@@ -63,7 +63,7 @@ def study(
         raise ValueError(f"{out}: is there and no folder; name another by --out")
     lock = only_one(out)
     console = Console()
-    results: dict[str, list[Scores]] = {}
+    finished: list[tuple[Run, Scores]] = []
     failed: list[str] = []
     for number, run in enumerate(planned, 1):
         if not run.is_done():
@@ -74,22 +74,27 @@ def study(
                 console.print(f"  {error}", highlight=False, soft_wrap=True)
                 failed.append(str(error))
                 continue
-        results.setdefault(run.config.stem, []).append(json.loads(run.done.read_text(encoding="utf-8")))
-    if results:
-        report(results, out, seeds, console)
+        finished.append((run, json.loads(run.done.read_text(encoding="utf-8"))))
+    if finished:
+        report(finished, out, seeds, console)
     lock.release()
     if failed:
         told = "\n".join(failed)
         raise ValueError(told if len(failed) == 1 else f"{len(failed)} of {len(planned)} runs failed:\n{told}")
 
 
-def report(results: Mapping[str, Sequence[Scores]], out: Path, seeds: int, console: Console) -> None:
-    """The table, on the terminal and as CSV, and the picture."""
+def report(finished: Sequence[tuple["Run", Scores]], out: Path, seeds: int, console: Console) -> None:
+    """The table, on the terminal and as CSV, that of single runs, and the picture."""
+    results: dict[str, list[Scores]] = {}
+    for run, scores in finished:
+        results.setdefault(run.config.stem, []).append(scores)
     table = summary(results)
     write_table(out / "results.csv", table)
+    write_table(out / "runs.csv", [{"config": run.config.stem, "seed": run.seed, **scores} for run, scores in finished])
     draw_results(out / "results.png", results)
     console.print(rich_table(table, seeds))
-    console.print(f"{out / 'results.csv'}, {out / 'results.png'}", soft_wrap=True, highlight=False)
+    written = (str(out / name) for name in ("results.csv", "runs.csv", "results.png"))
+    console.print(", ".join(written), soft_wrap=True, highlight=False)
 
 
 class Run:

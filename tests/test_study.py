@@ -54,6 +54,9 @@ def test_a_study_and_its_continuation(monkeypatch, capsys):
         assert float(row["minutes"]) == pytest.approx(statistics.mean(minutes))
         assert float(row["minutes std"]) == pytest.approx(statistics.stdev(minutes))
         assert "val/map" in row
+        with Path("study/runs.csv").open(newline="") as file:
+            each = [run for run in csv.DictReader(file) if run["config"] == name]
+        assert [(run["seed"], float(run["minutes"])) for run in each] == [("0", minutes[0]), ("1", minutes[1])]
     config = yaml.safe_load(Path("study/with/seed_1/version_0/config.yaml").read_text())
     assert (config["seed_everything"], config["data"]["init_args"]["train_size"]) == (1, 8)
     with Image.open("study/results.png") as picture:
