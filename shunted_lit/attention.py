@@ -141,6 +141,11 @@ def check_point(point: Point, width: int, height: int) -> None:
         raise ValueError(f"the point {point[0]:g},{point[1]:g} is not within the image of {width} x {height} pixels")
 
 
+def most_of(heat: Any) -> str:
+    most = float(heat.max())
+    return f"{most:.3g}" if most < 1000 else f"{most:.0f}"
+
+
 def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], point: Point, scale: float = 1.0) -> None:
     """Writes the image with its point, and beside it a row for each place in the network, a column a granularity.
 
@@ -153,14 +158,19 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
         maps: of one image; heads of a group are averaged.
         point: x and y in pixels of the image.
         scale: pixels of the network's input for one of the image.
+
+    Raises:
+        ValueError: no map.
     """
+    if not maps:
+        raise ValueError("there is no attention to draw: maps is empty")
     rows: dict[str, list[AttentionMap]] = {}
     for found in maps:
         rows.setdefault(found.name.rpartition(".groups.")[0], []).append(found)
     columns = 1 + max(map(len, rows.values()))
     H, W = image.shape[-2:]
-    side = 2.6
-    figure = Figure(figsize=(side * columns, (side * H / W + 0.35) * len(rows)), layout="constrained", dpi=120)
+    side, shape = 2.6, min(max(H / W, 0.5), 3.0)  # of a panel; thinner images are stretched to it
+    figure = Figure(figsize=(side * columns, (side * shape + 0.35) * len(rows)), layout="constrained", dpi=120)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     shown = image.detach().cpu().float().clamp(0, 1)
     grey = shown.mean(0)
@@ -169,26 +179,29 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     scaled = ScalarMappable(LogNorm(1 / half**2, half**2, clip=True), "coolwarm")
     for axes in grid.flat:
         axes.set_axis_off()
+        axes.set_aspect("equal" if shape == H / W else "auto")
     for (name, groups), line in zip(rows.items(), grid, strict=True):
-        line[0].imshow(shown.permute(1, 2, 0).numpy())
-        line[0].plot(*point, "o", color="red", markersize=6, markeredgecolor="white")
+        line[0].imshow(shown.permute(1, 2, 0).numpy(), aspect=line[0].get_aspect())
+        line[0].plot(*point, "o", color="red", markersize=6, markeredgecolor="white", clip_on=False)
         line[0].set_title(name.removesuffix(".attn"), fontsize=8)
         for axes, found in zip(line[1:], groups, strict=False):
             heat = found.over_equal()[0].numpy()
             cell = found.ratio * found.stride / scale  # pixels of the image a key covers
-            axes.imshow(grey.numpy(), cmap="gray", vmin=-0.3, vmax=1.6)
+            axes.imshow(grey.numpy(), cmap="gray", vmin=-0.3, vmax=1.6, aspect=axes.get_aspect())
             axes.imshow(
-                heat, norm=scaled.norm, cmap=scaled.cmap, alpha=0.65, interpolation="nearest",
+                heat, norm=scaled.norm, cmap=scaled.cmap, alpha=0.65, interpolation="nearest", aspect=axes.get_aspect(),
                 extent=(-0.5, heat.shape[1] * cell - 0.5, heat.shape[0] * cell - 0.5, -0.5),
             )  # fmt: skip
-            axes.plot(*point, "o", color="none", markersize=6, markeredgecolor="white")
+            axes.plot(*point, "o", color="none", markersize=6, markeredgecolor="white", clip_on=False)
             axes.set_xlim(-0.5, W - 0.5)
             axes.set_ylim(H - 0.5, -0.5)
             heads = found.weights.shape[1]
             keys = " x ".join(map(str, heat.shape))
-            told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, up to {heat.max():.3g}x"
+            told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, up to {most_of(heat)}x"
             axes.set_title(told, fontsize=8)
     bar = figure.colorbar(scaled, ax=grid, aspect=30, pad=0.01, label="times equal attention")
+    bar.ax.tick_params(labelsize=8)
+    bar.ax.yaxis.label.set_fontsize(8)
     bar.set_ticks(
         [1 / half**2, 1 / half, 1, half, half**2], labels=[f"1/{half**2}", f"1/{half}", "1", f"{half}", f"{half**2}"]
     )

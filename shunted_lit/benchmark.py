@@ -28,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from shunted_lit.export import FORMATS, Exportable, check_runtime
-from shunted_lit.features import check_model_name
+from shunted_lit.features import check_model_name, check_neck_keywords
 from shunted_lit.files import check_new
 from shunted_lit.shunted import ShuntedHeads, ShuntedTransformer, pad_to_multiple
 
@@ -348,6 +348,7 @@ def benchmark(
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if place == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but torch sees no such GPU")
+    check_neck_keywords(neck)
     features, images = (against, []) if against_input == "features" else ([], against)
     cin = ShuntedTransformer(**{**neck, "device": "meta"}).cin
     shapes = {"inference": (batch, cin, size, size), "training": (train_batch, cin, size, size)}
@@ -441,7 +442,10 @@ def describe(device: str) -> dict[str, Any]:
 
 def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     shape = " x ".join(map(str, rows[0]["shape"]))
-    caption = "ms: median, and spread from the least to the most of it"
+    caption = (
+        "ms: median, and spread from the least to the most of it; ratio: how many times as fast as the first row; "
+        "share: of the matrix product's rate in the same precision"
+    )
     table = Table(title=f"{title}, {shape}", caption=caption, box=SIMPLE_HEAD, padding=0)
     table.add_column("", overflow="fold", min_width=16)
     for name in ("by", "ms", "spread", "images/s", "ratio", "share", "memory"):
@@ -449,7 +453,8 @@ def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         spread = (row["seconds_most"] - row["seconds_least"]) / row["seconds"]
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f} MB"
-        by = f"{row['backend']} {SHORT[row['precision']]}"
+        mixed = row["mode"] == "training" and row["precision"] == "bfloat16"  # which trains by autocast
+        by = f"{row['backend']} {SHORT['mixed' if mixed else row['precision']]}"
         table.add_row(row["model"], by, f"{row['seconds'] * 1e3:.1f}", f"{spread:.0%}",
                       f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}",
                       f"{row['share_of_matrix_product']:.0%}", memory)  # fmt: skip

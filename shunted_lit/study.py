@@ -146,24 +146,26 @@ class Run:
         metrics = self.folder / "version_0/metrics.csv"
         if code or not metrics.is_file():
             lines = (self.folder / "log.txt").read_text(encoding="utf-8").strip().splitlines()
-            told = lines[-1] if code and lines else "without a word" if code else "it has written no metrics.csv"
+            errors = [line for line in lines if "error:" in line.lower()] or lines
+            told = errors[-1] if code and lines else "without a word" if code else "it has written no metrics.csv"
             raise ValueError(
                 f"{self.config}, seed {self.seed}: training failed: {told}; all of it is in {self.folder / 'log.txt'}"
             )
-        best = {name: max(values) for name, (_, values) in read_metrics(metrics).items() if name.startswith("val/")}
+        found = {name: values for name, (_, values) in read_metrics(metrics).items() if name.startswith("val/")}
+        best = {name: (min if name.endswith("loss") else max)(values) for name, values in found.items()}
         scores = {name: score for name, score in best.items() if score != -1}  # torchmetrics: no such object
         self.done.write_text(json.dumps({**scores, "minutes": (time.monotonic() - began) / 60}), encoding="utf-8")
 
 
 def summary(results: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
-    """A row a config: the mean of each score over the seeds, and its sample standard deviation, 0 for one seed."""
+    """A row a config: the mean of each score over the runs that have it, and its sample deviation, "" for one run."""
     rows = []
     for name, runs in results.items():
         row: dict[str, Any] = {"config": name, "runs": len(runs)}
-        for score in runs[0]:
+        for score in dict.fromkeys(score for run in runs for score in run):
             values = [run[score] for run in runs if score in run]
             row[score] = statistics.fmean(values)
-            row[f"{score} std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+            row[f"{score} std"] = statistics.stdev(values) if len(values) > 1 else ""
         rows.append(row)
     return rows
 
@@ -183,16 +185,22 @@ def scores_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def rich_table(rows: Sequence[Mapping[str, Any]], seeds: int) -> Table:
-    title = f"best of a run, mean and standard deviation over {seeds} seeds"
+    title = f"best of a run, mean and standard deviation over {seeds} seed{'s' * (seeds > 1)}"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True, min_width=max(len(str(row["config"])) for row in rows))  # whole names
+    labels = [row["config"] + f" ({row['runs']} of {seeds})" * (row["runs"] < seeds) for row in rows]
+    table.add_column("", no_wrap=True, min_width=max(map(len, labels)))  # whole names
     names = scores_of(rows)
     for name in names:
         table.add_column(name.removeprefix("val/").replace("_", " "), justify="right")
-    for row in rows:
-        cells = (f"{row[name]:.3f}\n±{row[f'{name} std']:.3f}" if name in row else "" for name in names)
-        table.add_row(str(row["config"]), *cells)
+    for label, row in zip(labels, rows, strict=True):
+        table.add_row(label, *(cell(row.get(name), row.get(f"{name} std")) for name in names))
     return table
+
+
+def cell(mean: float | None, deviation: Any) -> str:
+    if mean is None:
+        return ""
+    return f"{mean:.3f}" if deviation == "" else f"{mean:.3f}\n±{deviation:.3f}"
 
 
 def draw_results(path: Path, results: Mapping[str, Sequence[Scores]]) -> None:

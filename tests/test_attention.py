@@ -84,6 +84,16 @@ def test_a_picture_has_one_scale():
     assert min(red - blue for red, _, blue in across) < -20
 
 
+@pytest.mark.parametrize(("height", "width"), [(3000, 8), (8, 3000), (200, 1), (1, 200)])
+def test_thin_images_are_drawn_at_a_size_that_can_be_seen(height, width):
+    found = module.AttentionMap("block.0.attn.groups.0", 1, 1, (0, 0), torch.full((1, 1, height, width), 1e-4))
+    module.draw_attention(Path("a.png"), torch.rand(3, height, width), [found], (0, 0))
+    with Image.open("a.png") as picture:
+        assert 150 < min(picture.size) <= max(picture.size) < 1500
+    with pytest.raises(ValueError, match="there is no attention to draw"):
+        module.draw_attention(Path("b.png"), torch.rand(3, height, width), [], (0, 0))
+
+
 def test_recording_leaves_the_network_as_it_was():
     neck = ShuntedTransformer(**SMALL).train()
     x, before = torch.randn(1, 16, 9, 7), {name: len(vars(part)) for name, part in neck.named_modules()}

@@ -118,6 +118,7 @@ def test_candidates_take_turns():
         (["--against=[os:getcwd]"], "os:getcwd gives a str, but an nn.Module is needed"),
         (["--rounds=0"], "rounds is 0, but at least 1 is needed"),
         (["--modes=[]"], "there is nothing to time"),
+        (["--neck={foo: 9}"], "the neck has no keyword foo"),
         (["--neck={cin: 9}"], "9 channels do not split into 2 heads"),
     ],
 )

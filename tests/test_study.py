@@ -3,11 +3,13 @@
 import csv
 import json
 import statistics
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from shunted_lit import study as module
 from shunted_lit.cli import main
@@ -69,11 +71,39 @@ def test_a_study_and_its_continuation(monkeypatch, capsys):
     assert trained[4:] == [("with", 1)]
 
 
+def test_a_score_that_the_first_run_lacks_is_there():
+    (row,) = module.summary({"a": [{"map": 1.0}, {"map": 2.0, "large": 3.0}, {"map": 3.0, "large": 5.0}]})
+    assert (row["large"], row["large std"]) == (4.0, pytest.approx(2**0.5))
+
+
+def test_the_table_tells_rows_of_fewer_runs(capsys):
+    rows = module.summary({"a": [{"x": 1.0}, {"x": 3.0}], "b": [{"x": 5.0}]})
+    Console(width=80).print(module.rich_table(rows, 2))
+    told = capsys.readouterr().out
+    assert "b (1 of 2)" in told
+    assert "±1.414" in told
+    assert told.count("±") == 1
+
+
+def test_the_best_loss_is_the_least(tmp_path, monkeypatch):
+    def fit(command, **_):
+        folder = Path(command[-1].partition("=")[2]) / "version_0"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("epoch,step,val/loss,val/acc1\n0,1,2.5,0.1\n1,2,0.3,0.9\n2,3,0.4,0.8\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(module.subprocess, "run", fit)
+    run = module.Run(Path("configs/with.yaml"), 0, tmp_path / "run", [])
+    run.train()
+    scores = json.loads(run.done.read_text())
+    assert (scores["val/loss"], scores["val/acc1"]) == (0.3, 0.9)
+
+
 def test_summary_is_mean_and_deviation():
     found = module.summary({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0}], "b": [{"x": 5.0}]})
     assert found == [
-        {"config": "a", "runs": 2, "x": 2.0, "x std": pytest.approx(2**0.5), "y": 2.0, "y std": 0.0},
-        {"config": "b", "runs": 1, "x": 5.0, "x std": 0.0},
+        {"config": "a", "runs": 2, "x": 2.0, "x std": pytest.approx(2**0.5), "y": 2.0, "y std": ""},
+        {"config": "b", "runs": 1, "x": 5.0, "x std": ""},
     ]
     assert module.scores_of(found) == ["x", "y"]
 
