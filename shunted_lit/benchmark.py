@@ -213,7 +213,11 @@ class Candidate:
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1048576"}
         command = [sys.executable, "-m", "shunted_lit.benchmark", json.dumps(asdict(self))]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        return int(done.stdout.split()[-1]) if done.returncode == 0 else None
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            log.warning("the memory of %s on %s is not known: %s", self.model, list(self.shape), reason)
+            return None
+        return int(done.stdout.split()[-1])
 
 
 def measure_peak(candidate: Candidate) -> int:

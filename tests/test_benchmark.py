@@ -79,6 +79,15 @@ def test_peak_memory_counts_what_a_step_takes():
     assert peak == pytest.approx(2 * 50 * 16 * 128 * 128 * 4, rel=0.1)
 
 
+def test_memory_that_cannot_be_measured_is_told(caplog):
+    Path("mine.py").write_text(
+        "import torch\nclass Greedy(torch.nn.Module):\n"
+        "    def forward(self, x):\n        raise MemoryError('too much')\n"
+    )
+    assert Candidate("mine:Greedy", shape=(1, 16, 8, 8)).peak_memory("cpu") is None
+    assert "the memory of mine:Greedy on [1, 16, 8, 8] is not known: MemoryError: too much" in caplog.text
+
+
 def test_mixed_precision_is_autocast(monkeypatch):
     """Weights stay in float32 there, and products are in bfloat16; a training step in bfloat16 is the same."""
     seen = []
