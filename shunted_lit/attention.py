@@ -170,6 +170,7 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     columns = 1 + max(map(len, rows.values()))
     H, W = image.shape[-2:]
     side, shape = 2.6, min(max(H / W, 0.5), 3.0)  # of a panel; thinner images are stretched to it
+    aspect: Any = "equal" if shape == H / W else "auto"
     figure = Figure(figsize=(side * columns, (side * shape + 0.35) * len(rows)), layout="constrained", dpi=120)
     grid = figure.subplots(len(rows), columns, squeeze=False)
     shown = image.detach().cpu().float().clamp(0, 1)
@@ -179,17 +180,16 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     scaled = ScalarMappable(LogNorm(1 / half**2, half**2, clip=True), "coolwarm")
     for axes in grid.flat:
         axes.set_axis_off()
-        axes.set_aspect("equal" if shape == H / W else "auto")
     for (name, groups), line in zip(rows.items(), grid, strict=True):
-        line[0].imshow(shown.permute(1, 2, 0).numpy(), aspect=line[0].get_aspect())
+        line[0].imshow(shown.permute(1, 2, 0).numpy(), aspect=aspect)
         line[0].plot(*point, "o", color="red", markersize=6, markeredgecolor="white", clip_on=False)
         line[0].set_title(name.removesuffix(".attn"), fontsize=8)
         for axes, found in zip(line[1:], groups, strict=False):
             heat = found.over_equal()[0].numpy()
             cell = found.ratio * found.stride / scale  # pixels of the image a key covers
-            axes.imshow(grey.numpy(), cmap="gray", vmin=-0.3, vmax=1.6, aspect=axes.get_aspect())
+            axes.imshow(grey.numpy(), cmap="gray", vmin=-0.3, vmax=1.6, aspect=aspect)
             axes.imshow(
-                heat, norm=scaled.norm, cmap=scaled.cmap, alpha=0.65, interpolation="nearest", aspect=axes.get_aspect(),
+                heat, norm=scaled.norm, cmap=scaled.cmap, alpha=0.65, interpolation="nearest", aspect=aspect,
                 extent=(-0.5, heat.shape[1] * cell - 0.5, heat.shape[0] * cell - 0.5, -0.5),
             )  # fmt: skip
             axes.plot(*point, "o", color="none", markersize=6, markeredgecolor="white", clip_on=False)
