@@ -177,7 +177,8 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
     grey = shown.mean(0)
     most = max(4.0, *(float(found.over_equal()[0].max()) for found in maps))
     half = 2 ** math.ceil(math.log2(most) / 2)  # so that five whole powers of 2 mark the scale
-    scaled = ScalarMappable(LogNorm(1 / half**2, half**2, clip=True), "coolwarm")
+    top = half**2
+    scaled = ScalarMappable(LogNorm(1 / top, top, clip=True), "coolwarm")
     for axes in grid.flat:
         axes.set_axis_off()
     for (name, groups), line in zip(rows.items(), grid, strict=True):
@@ -199,12 +200,10 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
             keys = " x ".join(map(str, heat.shape))
             told = f"r = {found.ratio}: {heads} head{'s' * (heads > 1)}, {keys} keys, up to {most_of(heat)}x"
             axes.set_title(told, fontsize=8)
-    bar = figure.colorbar(scaled, ax=grid, aspect=30, pad=0.01, label="times equal attention")
-    bar.ax.tick_params(labelsize=8)
-    bar.ax.yaxis.label.set_fontsize(8)
-    bar.set_ticks(
-        [1 / half**2, 1 / half, 1, half, half**2], labels=[f"1/{half**2}", f"1/{half}", "1", f"{half}", f"{half**2}"]
-    )
+    bar = figure.colorbar(scaled, ax=grid, aspect=30, pad=0.01)
+    bar.set_label("times equal attention", fontsize=8)
+    marks = {f"1/{top}": 1 / top, f"1/{half}": 1 / half, "1": 1, f"{half}": half, f"{top}": top}
+    bar.set_ticks(list(marks.values()), labels=list(marks), fontsize=8)
     bar.minorticks_off()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
@@ -289,9 +288,8 @@ def cost(
             raise ValueError(f"options {options} do not fit {name} ({error})") from error
         channels = model.cin if name == "neck" else model.in_chans
         x, counter = torch.empty(1, channels, height, width), FlopCounterMode(display=False)
-        costs = attention_costs(model.eval(), x)
-        with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            model(x)
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            costs = attention_costs(model.eval(), x)
     parts = list(costs[0].flops)
     heads, whole = sum(sum(row.flops.values()) for row in costs), counter.get_total_flops()
     table = Table(

@@ -107,6 +107,11 @@ def image(x: Tensor, H: int, W: int) -> Tensor:
     return x.transpose(1, 2).unflatten(2, (H, W)).contiguous()
 
 
+def by_autocast(mode: Mode, precision: Precision) -> bool:
+    """Whether weights stay in float32 and products are in bfloat16: always where bfloat16 is trained in."""
+    return precision == "mixed" or (mode == "training" and precision == "bfloat16")
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A network, what it does, and by what it is run."""
@@ -158,9 +163,8 @@ class Candidate:
         model, x = model.to(device), x.to(device)
         if device == "cuda":
             model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-        training = self.mode == "training"
-        by_autocast = self.precision == "mixed" or (training and self.precision == "bfloat16")
-        mixed = torch.autocast(device, torch.bfloat16, enabled=by_autocast)
+        autocast = by_autocast(self.mode, self.precision)
+        mixed = torch.autocast(device, torch.bfloat16, enabled=autocast)
         run: Any = torch.compile(model, mode=COMPILE[device]) if self.backend == "compile" else model
 
         def train() -> None:
@@ -173,9 +177,9 @@ class Candidate:
             with torch.inference_mode(), mixed:
                 run(x)
 
-        if training:
+        if self.mode == "training":
             return train
-        if not by_autocast:
+        if not autocast:
             model.to(DTYPES[self.precision])
             x = x.to(DTYPES[self.precision])
         return infer
@@ -398,7 +402,7 @@ def variants(
     shape: tuple[int, ...], neck: Any,
 ) -> list[Candidate]:  # fmt: skip
     """Every model by every backend in every precision, where there is such a thing."""
-    same = mode == "training" and "bfloat16" in precisions  # it trains by autocast, too
+    same = by_autocast(mode, "bfloat16") and "bfloat16" in precisions
     every = [
         Candidate(model, mode, backend, precision, shape, neck)
         for precision in precisions
@@ -457,8 +461,7 @@ def table_of(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         spread = (row["seconds_most"] - row["seconds_least"]) / row["seconds"]
         memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 1e6:.0f} MB"
-        mixed = row["mode"] == "training" and row["precision"] == "bfloat16"  # which trains by autocast
-        by = f"{row['backend']} {SHORT['mixed' if mixed else row['precision']]}"
+        by = f"{row['backend']} {SHORT['mixed' if by_autocast(row['mode'], row['precision']) else row['precision']]}"
         table.add_row(row["model"], by, f"{row['seconds'] * 1e3:.1f}", f"{spread:.0%}",
                       f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}",
                       f"{row['share_of_matrix_product']:.0%}", memory)  # fmt: skip

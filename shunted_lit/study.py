@@ -91,7 +91,7 @@ def report(finished: Sequence[tuple["Run", Scores]], out: Path, seeds: int, cons
     table = summary(results)
     write_table(out / "results.csv", table)
     write_table(out / "runs.csv", [{"config": run.config.stem, "seed": run.seed, **scores} for run, scores in finished])
-    draw_results(out / "results.png", results)
+    draw_results(out / "results.png", results, [name for name in scores_of(table) if name != "minutes"])
     console.print(rich_table(table, seeds))
     written = (str(out / name) for name in ("results.csv", "runs.csv", "results.png"))
     console.print(", ".join(written), soft_wrap=True, highlight=False)
@@ -203,9 +203,8 @@ def cell(mean: float | None, deviation: Any) -> str:
     return f"{mean:.3f}" if deviation == "" else f"{mean:.3f}\n±{deviation:.3f}"
 
 
-def draw_results(path: Path, results: Mapping[str, Sequence[Scores]]) -> None:
-    """A panel a score: a point a run, and a line at the mean."""
-    names = [name for name in scores_of(summary(results)) if name != "minutes"]
+def draw_results(path: Path, results: Mapping[str, Sequence[Scores]], names: Sequence[str]) -> None:
+    """A panel for each of the named scores: a point a run, and a line at the mean."""
     height = 0.35 * len(results) + 1
     figure = Figure(figsize=(1.5 + 2.4 * len(names), height), layout="constrained", dpi=120)
     for number, (axes, name) in enumerate(zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
