@@ -32,6 +32,8 @@ def test_notebooks_run(path, tmp_path):
     shown = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in shown), "it is kept with its outputs"
     assert all(output.output_type != "error" for cell in shown for output in cell.outputs)
+    streams = {output.name for cell in shown for output in cell.outputs if output.output_type == "stream"}
+    assert "stderr" not in streams, "warnings name the machine that it ran on"
 
     smaller, pictures, told = SMALLER[path.stem]
     (parameters,) = [cell for cell in shown if "parameters" in cell.metadata.get("tags", [])]
