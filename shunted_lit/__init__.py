@@ -1,7 +1,7 @@
 """Shunted Transformer (CVPR 2022): the neck, the backbones, and their training with PyTorch Lightning."""
 
-from shunted_lit import ablations  # noqa: F401 - makes their names known
-from shunted_lit.shunted import (
+from shunted_lit.models import ablations  # noqa: F401 - makes their names known
+from shunted_lit.models.shunted import (
     DetailSpecificFeedForward,
     ShuntedBackbone,
     ShuntedSelfAttention,

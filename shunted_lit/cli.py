@@ -20,20 +20,27 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
-from shunted_lit.attention import attention, cost
-from shunted_lit.benchmark import benchmark
-from shunted_lit.check import check
-from shunted_lit.checkpoint import LAST, RunCheckpoint, RunLogger, WholeFiles, last_run, version_of
+from shunted_lit.commands.benchmark import benchmark
+from shunted_lit.commands.check import check
+from shunted_lit.commands.shard import shard
+from shunted_lit.commands.study import study
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
-from shunted_lit.export import export
-from shunted_lit.predict import PredictionWriter, of_checkpoint
-from shunted_lit.report import RunReport
-from shunted_lit.shard import shard
-from shunted_lit.study import study
+from shunted_lit.export.formats import export
+from shunted_lit.models.weights import read_checkpoint
+from shunted_lit.prediction.writers import PredictionWriter, settings_from_checkpoint
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import annotation_for, class_of
-from shunted_lit.weights import read_checkpoint
+from shunted_lit.training.checkpoint import (
+    LAST,
+    AtomicCheckpointIO,
+    RunCheckpoint,
+    RunLogger,
+    find_last_run,
+    run_version,
+)
+from shunted_lit.training.report import RunReport
+from shunted_lit.visualization.attention import attention, cost
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +151,7 @@ class ShuntedCLI(LightningCLI):
         self.steps_done: int | None = None  # of that run
         if config.ckpt_path == "last" and self.config.subcommand == "fit":
             root = Path(config.trainer.default_root_dir or "runs")
-            folder = last_run(root)
+            folder = find_last_run(root)
             config.ckpt_path = None
             if folder and (folder / LAST).is_file():
                 self.goes_on, config.ckpt_path = folder, str(folder / LAST)
@@ -217,7 +224,7 @@ class ShuntedCLI(LightningCLI):
             root = Path(trainer.default_root_dir or "runs")
             version: int | None
             if self.goes_on:
-                version = version_of(self.goes_on)
+                version = run_version(self.goes_on)
                 if (self.goes_on / "config.yaml").is_file():  # which stays as it began
                     self.save_config_kwargs["config_filename"] = "config_resumed.yaml"
             else:
@@ -230,7 +237,7 @@ class ShuntedCLI(LightningCLI):
             plugins = trainer.plugins if isinstance(trainer.plugins, list) else [trainer.plugins]
             plugins = [plugin for plugin in plugins if plugin is not None]
             if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-                kwargs["plugins"] = [*plugins, WholeFiles()]
+                kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
 
@@ -296,7 +303,7 @@ def settings_of_checkpoint(words: list[str]) -> list[str]:
     for i, word in enumerate(words):
         name, _, value = word.partition("=")
         if name == "--ckpt_path" and (value or i + 1 < len(words)):
-            settings = of_checkpoint(value or words[i + 1], predicts=words[0] == "predict")
+            settings = settings_from_checkpoint(value or words[i + 1], predicts=words[0] == "predict")
             return [part for key, setting in settings.items() for part in (f"--{key}", json.dumps(setting))]
     raise ValueError(f"{words[0]} needs trained weights: name a checkpoint by --ckpt_path")
 

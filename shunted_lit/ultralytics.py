@@ -22,9 +22,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from shunted_lit import shunted, weights
-from shunted_lit.features import check_neck_keywords
-from shunted_lit.files import check_new_file
+from shunted_lit.models import shunted, weights
+from shunted_lit.models.feature_path import check_neck_keywords
+from shunted_lit.utils.files import check_new_file
 
 OLDEST = "8.3.228"  # Ultralytics that is tried; pyproject.toml says the same
 FAMILIES = ("-world", "yoloe", "rtdetr")  # which Ultralytics tells by the file's name alone
@@ -82,7 +82,7 @@ def register() -> None:
     """Makes the neck known to Ultralytics: its YAML parser, its safe loader, and its training on several GPUs."""
     tasks.ShuntedTransformer = ShuntedTransformer
     layers = [kind for kind in vars(shunted).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
-    torch.serialization.add_safe_globals([ShuntedTransformer, *layers, weights.load_source_names, _WrappedHook])
+    torch.serialization.add_safe_globals([ShuntedTransformer, *layers, weights.load_reference_names, _WrappedHook])
     if not hasattr(dist.generate_ddp_file, "__wrapped__"):
         dist.generate_ddp_file = with_this_module(dist.generate_ddp_file)
 
@@ -287,7 +287,7 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
         given[f"model.{places[int(index)]}.{rest}"] = value
     head, necks = f"model.{places[-1]}.", tuple(f"model.{i}." for i in set(range(len(model.model))) - set(places))
     mine = {name: value for name, value in model.state_dict().items() if not name.startswith(necks)}
-    if told := weights.misfit(
+    if told := weights.describe_mismatch(
         {name: value for name, value in mine.items() if not name.startswith(head)},
         {name: value for name, value in given.items() if not name.startswith(head)},
     ):

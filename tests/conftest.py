@@ -4,6 +4,7 @@ import os
 import tempfile
 
 import matplotlib
+import pytest
 import torch
 
 # Ultralytics reads these when it is imported, here and in the processes that tests start.
@@ -12,3 +13,9 @@ os.environ.update(YOLO_CONFIG_DIR=SETTINGS.name, YOLO_OFFLINE="true", YOLO_AUTOI
 
 matplotlib.use("agg")
 torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def in_tmp_path(tmp_path, monkeypatch):
+    """Run each test in an empty folder of its own, so that none writes to the checkout."""
+    monkeypatch.chdir(tmp_path)

@@ -1,10 +1,10 @@
 """Data for the tasks, a LightningDataModule each. No model is known here."""
 
 from shunted_lit.data.base import BaseDataModule, DetectionDataModule
+from shunted_lit.data.classification import ClassificationDataModule, ImageFolderDataModule
 from shunted_lit.data.coco import CocoDataModule
-from shunted_lit.data.image_folder import ClassificationDataModule, ImageFolderDataModule
 from shunted_lit.data.images import ImagesDataModule
-from shunted_lit.data.label_maps import ADE20KDataModule, LabelMapDataModule, MaskFolderDataModule
+from shunted_lit.data.segmentation import ADE20KDataModule, LabelMapDataModule, MaskFolderDataModule
 from shunted_lit.data.shapes import ShapesDataModule
 from shunted_lit.data.shards import ClassificationShardsDataModule, DetectionShardsDataModule
 from shunted_lit.data.yolo import YoloDataModule

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from shunted_lit.data.faults import DataError, LabelCheck, look_through
-from shunted_lit.data.order import Order, Seeded, Share, outlive_signals
-from shunted_lit.data.reading import IMAGE_SUFFIXES, DamagedError, read_image, read_size
-from shunted_lit.data.segments import Segment, draw_segment
+from shunted_lit.data.image_io import IMAGE_SUFFIXES, DamagedError, read_image, read_size
+from shunted_lit.data.masks import Segment, draw_mask
+from shunted_lit.data.sampling import RankSampler, SeededDataset, TrainingSampler, ignore_signals_in_worker
+from shunted_lit.data.validation import DataError, LabelCheck, find_damaged_samples
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
 
 
-def serves(given: str, wanted: str) -> bool:
+def annotation_covers(given: str, wanted: str) -> bool:
     """Whether data that come with `given` are what a task learns from: masks have boxes besides."""
     return given == wanted or (given, wanted) == ("masks", "boxes")
 
@@ -95,7 +95,7 @@ class BaseDataModule(LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.check_images, self.skip_damaged = check_images, skip_damaged
         self.datasets: dict[str, Any] = {}
-        self.seeded: Seeded | None = None
+        self.seeded: SeededDataset | None = None
         self.faults: list[str] | None = None  # of labels, where they are gathered
         self.resumed: dict[str, int] = {}  # seed, epoch and batches of a checkpoint
 
@@ -156,7 +156,7 @@ class BaseDataModule(LightningDataModule):
             return
         found, advice = [], ""
         for split in self.splits(stage):
-            faults, damaged = self.look(split)
+            faults, damaged = self.find_faults(split)
             if faults:
                 self.datasets.pop(split, None)  # which lacks what is at fault
             if split == "train" and damaged:
@@ -171,7 +171,7 @@ class BaseDataModule(LightningDataModule):
         if found:
             raise DataError(found, "data", advice)
 
-    def look(self, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
+    def find_faults(self, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
         """All that is wrong with a split: faults of its labels, and damaged files.
 
         Args:
@@ -188,7 +188,9 @@ class BaseDataModule(LightningDataModule):
             return [*faults, str(error)], []
         finally:
             self.faults = None
-        damaged = look_through(dataset, self.num_workers, decode, split) if hasattr(dataset, "look") else []
+        damaged = (
+            find_damaged_samples(dataset, self.num_workers, decode, split) if hasattr(dataset, "check_header") else []
+        )
         return faults, damaged
 
     def teardown(self, stage: str) -> None:
@@ -204,7 +206,7 @@ class BaseDataModule(LightningDataModule):
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=ignore_signals_in_worker,
             pin_memory=torch.cuda.is_available(),
             collate_fn=self.collate_fn,
             **options,
@@ -219,10 +221,10 @@ class BaseDataModule(LightningDataModule):
         replicas, _ = self.replicas_and_rank()
         return self.whole_batches and len(self.datasets["train"]) // replicas >= self.batch_size  # type: ignore[arg-type]
 
-    def order(self, epoch: int, start: int = 0) -> Order:
+    def order(self, epoch: int, start: int = 0) -> TrainingSampler:
         """Of the training images of this process; `start` of them were seen."""
         replicas, rank = self.replicas_and_rank()
-        return Order(self.datasets["train"], replicas, rank, self.run_seed, self.repeats, epoch, start)
+        return TrainingSampler(self.datasets["train"], replicas, rank, self.run_seed, self.repeats, epoch, start)
 
     def names_of(self, epoch: int, batch_idx: int) -> list[str]:
         """What the images of a training batch are called: their files, where they have some."""
@@ -230,21 +232,23 @@ class BaseDataModule(LightningDataModule):
         keys = itertools.islice(self.order(epoch, batch_idx * self.batch_size), self.batch_size)
         return [dataset.name_of(index) for index, *_ in keys]
 
-    def share(self, dataset: Any) -> Share | None:
+    def share(self, dataset: Any) -> RankSampler | None:
         """Of this process in evaluation or prediction; None where it is alone."""
         replicas, rank = self.replicas_and_rank()
         if replicas == 1:
             return None
         if len(dataset) < replicas:
             raise ValueError(f"there are {len(dataset)} images for {replicas} devices; each needs one: take fewer")
-        return Share(range(rank * len(dataset) // replicas, (rank + 1) * len(dataset) // replicas), replicas, rank)
+        return RankSampler(
+            range(rank * len(dataset) // replicas, (rank + 1) * len(dataset) // replicas), replicas, rank
+        )
 
     def train_dataloader(self) -> DataLoader[Any]:
         epoch, start = self.trainer.current_epoch if self.trainer else 0, 0
         if self.resumed.get("epoch", -1) >= epoch:  # Lightning asks before it knows where the run is
             epoch, start = self.resumed["epoch"], self.resumed["batches"] * self.batch_size
         order = self.order(epoch, start)
-        self.seeded = self.seeded or Seeded(self.datasets["train"], self.skip_damaged)
+        self.seeded = self.seeded or SeededDataset(self.datasets["train"], self.skip_damaged)
         return self.loader(self.seeded, sampler=order, drop_last=self.drop_last())
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -257,12 +261,12 @@ class BaseDataModule(LightningDataModule):
         return self.val_dataloader()
 
 
-def as_floats() -> list[Any]:
+def float_image_transforms() -> list[Any]:
     """The last transforms of a sample: image in 0..1, float32; plain tensors."""
     return [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
 
 
-def other_colours(chance: float) -> Any:
+def random_color_distortion(chance: float) -> Any:
     """Changes brightness, contrast, saturation and hue of so many of the images."""
     return v2.RandomApply([v2.RandomPhotometricDistort(p=1.0)], chance)
 
@@ -300,14 +304,14 @@ class DetectionDataModule(BaseDataModule):
         super().__init__(batch_size, num_workers, annotation, check_images, skip_damaged)
         self.train_transform = v2.Compose(
             [
-                other_colours(distort),
+                random_color_distortion(distort),
                 v2.RandomApply([v2.RandomIoUCrop(min_scale=0.5)], crop),
                 v2.RandomHorizontalFlip(flip),
                 v2.SanitizeBoundingBoxes(labels_getter=entries_of_boxes),
-                *as_floats(),
+                *float_image_transforms(),
             ]
         )
-        self.eval_transform = v2.Compose(as_floats())
+        self.eval_transform = v2.Compose(float_image_transforms())
 
 
 def entries_of_boxes(sample: Any) -> list[Tensor]:
@@ -374,7 +378,7 @@ class FolderDataset(Dataset[Sample]):
             )
         return boxes.float()
 
-    def look(self, index: int) -> None:
+    def check_header(self, index: int) -> None:
         """Raises DamagedError where the image, by its header, can't be read, or the boxes are not of it."""
         record = self.records[index]
         size = read_size(record.path)
@@ -404,6 +408,6 @@ class FolderDataset(Dataset[Sample]):
         }
         if record.segments is not None:
             scale = (width, height) if self.relative else (1, 1)
-            masks = [draw_segment(segment, height, width, scale) for segment in record.segments]
+            masks = [draw_mask(segment, height, width, scale) for segment in record.segments]
             target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool))
         return image, target

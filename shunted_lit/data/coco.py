@@ -11,8 +11,8 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
-from shunted_lit.data.faults import BadBoxes, LabelCheck
-from shunted_lit.data.segments import fault_of, is_number
+from shunted_lit.data.masks import find_mask_fault, is_number
+from shunted_lit.data.validation import BadBoxes, LabelCheck
 
 MOST_PIXELS = 178_956_970  # of an image: what PIL refuses to read beyond
 SLACK = 1.0  # pixels: COCO's own boxes overrun their images by less
@@ -195,7 +195,7 @@ def add_object(record: Record, entry: dict[str, Any], label: int, check: LabelCh
         check.fail(f"{where} has no segmentation, but masks are wanted; add it, or train on boxes alone")
     elif check.accepts(corners, width, height, SLACK, where):
         if record.segments is not None:
-            if fault := fault_of(entry["segmentation"], height, width, SLACK):
+            if fault := find_mask_fault(entry["segmentation"], height, width, SLACK):
                 check.reject(f"{where}: segmentation {fault}")
                 return
             record.segments.append(entry["segmentation"])

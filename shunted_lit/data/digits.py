@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from shunted_lit.files import check_new
+from shunted_lit.utils.files import check_new_folder
 
 NAMES = [str(digit) for digit in range(10)]
 
@@ -35,7 +35,7 @@ def write_digits(out: Path) -> None:
     Raises:
         ValueError: a folder that is not empty; scikit-learn is not installed (extra "demo").
     """
-    check_new(out)
+    check_new_folder(out)
     splits = load_digits()
     for split, (images, labels) in splits.items():
         for name in NAMES:

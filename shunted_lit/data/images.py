@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from shunted_lit.data.base import BaseDataModule, collate
-from shunted_lit.data.order import Share
-from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_image
-from shunted_lit.files import stamp
+from shunted_lit.data.image_io import IMAGE_SUFFIXES, read_image, warn_unsupported_images
+from shunted_lit.data.sampling import RankSampler
+from shunted_lit.utils.files import fingerprint_files
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ImagesDataModule(BaseDataModule):
         if self.is_folder:
             files = sorted(path for path in self.root.rglob("*") if path.is_file())
             self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-            images_left_out(images, files)
+            warn_unsupported_images(images, files)
         elif self.root.is_file():
             self.root, self.paths = self.root.parent, [self.root]
         else:
@@ -78,7 +78,7 @@ class ImagesDataModule(BaseDataModule):
         """By which it is known whether images were added, removed or changed, or are prepared in another way."""
         names = [str(path.relative_to(self.root)) for path in self.paths]
         return {**self.prepared, "folder": str(self.root.resolve()), "number of images": len(names),
-                "names, sizes and times of images": stamp(self.paths, names)}  # fmt: skip
+                "names, sizes and times of images": fingerprint_files(self.paths, names)}  # fmt: skip
 
     @property
     def names(self) -> list[str]:
@@ -99,7 +99,7 @@ class ImagesDataModule(BaseDataModule):
         self.datasets = {"predict": Images(self.paths, self.transform)}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        sampler = None if self.to_do is None else Share(self.to_do(), *self.replicas_and_rank())
+        sampler = None if self.to_do is None else RankSampler(self.to_do(), *self.replicas_and_rank())
         return self.loader(self.datasets["predict"], sampler=sampler)
 
 

@@ -10,9 +10,9 @@ import yaml
 from PIL import Image
 
 from shunted_lit.data.digits import NAMES, load_digits
-from shunted_lit.data.segments import run_lengths
+from shunted_lit.data.masks import encode_run_lengths
 from shunted_lit.data.shapes import SHAPES, background, boxes_of, compose, draw_shape, to_map
-from shunted_lit.files import check_new
+from shunted_lit.utils.files import check_new_folder
 
 SPLITS = ("train", "val")
 Scene = tuple[np.ndarray, np.ndarray, list[int]]  # image, masks, labels: what `compose` returns
@@ -49,7 +49,7 @@ def write_scenes(
     Raises:
         ValueError: a folder that is not empty, a number that is not positive.
     """
-    check_new(out)
+    check_new_folder(out)
     least = {
         "train": (train, 1),
         "val": (val, 1),
@@ -85,7 +85,7 @@ def write_scenes(
                         "bbox": [x1, y1, x2 - x1, y2 - y1],
                         "area": int(mask.sum()),
                         "iscrowd": 0,
-                        "segmentation": run_lengths(mask),
+                        "segmentation": encode_run_lengths(mask),
                     }
                 )
             (out / "labels" / split / f"{stem}.txt").write_text("".join(lines))

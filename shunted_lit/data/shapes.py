@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from shunted_lit.data.base import DetectionDataModule, Sample, as_floats, other_colours
+from shunted_lit.data.base import DetectionDataModule, Sample, float_image_transforms, random_color_distortion
 
 
 def regular(corners: int) -> np.ndarray:
@@ -245,8 +245,8 @@ class ShapesDataModule(DetectionDataModule):
         self.class_names = list(SHAPES)
         self.lengths = {"train": train_size, "val": val_size}
         if self.annotation in ("map", "class"):
-            last = as_floats() if self.annotation == "map" else [v2.ToPureTensor()]
-            self.train_transform = v2.Compose([other_colours(distort), v2.RandomHorizontalFlip(flip), *last])
+            last = float_image_transforms() if self.annotation == "map" else [v2.ToPureTensor()]
+            self.train_transform = v2.Compose([random_color_distortion(distort), v2.RandomHorizontalFlip(flip), *last])
             self.eval_transform = v2.Compose(last)
             self.whole_batches = True
         if self.annotation == "map":

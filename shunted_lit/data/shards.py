@@ -25,13 +25,13 @@ from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, serves
+from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, annotation_covers
+from shunted_lit.data.classification import ClassificationDataModule
 from shunted_lit.data.coco import MOST_PIXELS, is_side, is_whole
-from shunted_lit.data.faults import look_through
-from shunted_lit.data.image_folder import ClassificationDataModule
-from shunted_lit.data.reading import read_image
-from shunted_lit.data.segments import fault_of, is_number
-from shunted_lit.files import digest
+from shunted_lit.data.image_io import read_image
+from shunted_lit.data.masks import find_mask_fault, is_number
+from shunted_lit.data.validation import find_damaged_samples
+from shunted_lit.utils.files import fingerprint
 
 INDEX = "index.json"
 VERSION = 1
@@ -79,7 +79,7 @@ class Shards:
         self.names, self.bytes = [name for name, *_ in shards], [size for _, size, _ in shards]
         self.counts = torch.tensor([count for *_, count in shards])
         self.ends = self.counts.cumsum(0).numpy()
-        self.cache = Path(cache or CACHE).expanduser() / digest(self.root.encode(), text)
+        self.cache = Path(cache or CACHE).expanduser() / fingerprint(self.root.encode(), text)
         self.opened: OrderedDict[int, tuple[int, list[dict[str, tuple[int, int]]]]] = OrderedDict()
         most = max(self.bytes) * (window + 2) / 1e9
         if is_url(self.root) and cache_gb is not None and cache_gb < min(most, sum(self.bytes) / 1e9):
@@ -273,11 +273,13 @@ def fault_of_known(known: Any, classes: int, relative: bool) -> str | None:
             return f"it has {len(labels)} classes and {len(segments)} masks"
         width, height = (1, 1) if relative else size
         slack = 1e-3 if relative else 1.0
-        return next((f"a mask {fault}" for mask in segments if (fault := fault_of(mask, height, width, slack))), None)
+        return next(
+            (f"a mask {fault}" for mask in segments if (fault := find_mask_fault(mask, height, width, slack))), None
+        )
     return None
 
 
-class InShards:
+class ShardedDataset:
     """What both data sets below share: their images are those of `shards`."""
 
     shards: Shards
@@ -289,7 +291,7 @@ class InShards:
         return self.shards.read(index, "name")[1][0]
 
 
-class ClassShards(InShards, Dataset[Any]):
+class ClassificationShards(ShardedDataset, Dataset[Any]):
     """Images of shards and their classes."""
 
     def __init__(self, shards: Shards, transform: Callable[..., Any]):
@@ -304,7 +306,7 @@ class ClassShards(InShards, Dataset[Any]):
         return self.transform(image), label
 
 
-class BoxShards(InShards, FolderDataset):
+class DetectionShards(ShardedDataset, FolderDataset):
     """Images of shards and their objects."""
 
     def __init__(self, shards: Shards, masks: bool, transform: Callable[..., Any]):
@@ -318,7 +320,7 @@ class BoxShards(InShards, FolderDataset):
         return Record(Path(name), image_id, boxes, labels, size, crowd, segments if self.masks else None), content
 
 
-class ShardsOf:
+class ShardsMixin:
     """What both data modules below share: two splits of shards."""
 
     def open_shards(self, root: str, cache: str | None, cache_gb: float | None, window: int, annotation: str) -> None:
@@ -329,20 +331,20 @@ class ShardsOf:
         if train.classes != val.classes:
             raise ValueError(f"{val.root} has other classes than {train.root}: {val.classes} against {train.classes}")
         for shards in self.shards.values():
-            if not serves(shards.annotation, annotation):
+            if not annotation_covers(shards.annotation, annotation):
                 raise ValueError(
                     f"{shards.root} has {shards.annotation}, but {annotation} are wanted; choose other data"
                 )
         self.class_names = train.classes
 
-    def look(self: Any, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
+    def find_faults(self: Any, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
         """Shards that are missing or not whole; with `decode`, images that can't be read as well."""
         faults = self.shards[split].faults()
         whole = decode and not faults
-        return faults, look_through(self.dataset(split), self.num_workers, True, split) if whole else []
+        return faults, find_damaged_samples(self.dataset(split), self.num_workers, True, split) if whole else []
 
 
-class ClassificationShardsDataModule(ShardsOf, ClassificationDataModule):
+class ClassificationShardsDataModule(ShardsMixin, ClassificationDataModule):
     """Labelled images in shards, as `shunted-lit shard --data ImageFolderDataModule` writes them.
 
     Args:
@@ -363,10 +365,10 @@ class ClassificationShardsDataModule(ShardsOf, ClassificationDataModule):
         self.open_shards(root, cache, cache_gb, window, "class")
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
-        return ClassShards(self.shards[split], transform)
+        return ClassificationShards(self.shards[split], transform)
 
 
-class DetectionShardsDataModule(ShardsOf, DetectionDataModule):
+class DetectionShardsDataModule(ShardsMixin, DetectionDataModule):
     """Images and objects in shards, as `shunted-lit shard --data CocoDataModule`, or YoloDataModule, writes them.
 
     Args:
@@ -385,4 +387,4 @@ class DetectionShardsDataModule(ShardsOf, DetectionDataModule):
         self.open_shards(root, cache, cache_gb, window, self.annotation)
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
-        return BoxShards(self.shards[split], self.annotation == "masks", transform)
+        return DetectionShards(self.shards[split], self.annotation == "masks", transform)

@@ -11,9 +11,9 @@ import yaml
 from torch.utils.data import Dataset
 
 from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
-from shunted_lit.data.faults import BadBoxes, LabelCheck
-from shunted_lit.data.reading import IMAGE_SUFFIXES, images_left_out, read_lines
-from shunted_lit.data.segments import Segment
+from shunted_lit.data.image_io import IMAGE_SUFFIXES, read_lines, warn_unsupported_images
+from shunted_lit.data.masks import Segment
+from shunted_lit.data.validation import BadBoxes, LabelCheck
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def list_images(file: Path, content: dict[str, Any], split: str, check: LabelChe
         if source.is_dir():
             paths = sorted(source.rglob("*"))
             images += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-            images_left_out(source, paths)
+            warn_unsupported_images(source, paths)
             if links := [path for path in paths if path.is_symlink() and path.is_dir()]:
                 log.warning("%s: %d links to folders are not entered, such as %s", source, len(links), links[0])
         elif source.is_file() and source.suffix == ".txt":

@@ -22,10 +22,10 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import shunted_lit
-from shunted_lit.data.base import serves
-from shunted_lit.ranks import agree
-from shunted_lit.seeds import seed_step
-from shunted_lit.weights import flatten, load_known_parts, read_checkpoint
+from shunted_lit.data.base import annotation_covers
+from shunted_lit.models.weights import flatten, load_matching_weights, read_checkpoint
+from shunted_lit.utils.distributed import check_equal_on_all_ranks
+from shunted_lit.utils.seeds import seed_step
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ class BaseTask(LightningModule):
             ValueError: weights that do not fit, and the settings in which the runs differ.
         """
         try:
-            load_known_parts(self, flatten(content), source, classifiers, optional)
+            load_matching_weights(self, flatten(content), source, classifiers, optional)
         except ValueError as error:
             there, here = content.get("hyper_parameters", {}), self.hparams
             build = set(here) & set(there) - set(inspect.signature(BaseTask.__init__).parameters)
@@ -185,7 +185,7 @@ class BaseTask(LightningModule):
     def check_data(self, data: Any) -> None:
         """Raises ValueError where a data module comes with something else than this task learns from."""
         given = getattr(data, "annotation", self.annotation)
-        if self.annotation and not serves(given, self.annotation):
+        if self.annotation and not annotation_covers(given, self.annotation):
             offers = self.annotation in getattr(data, "offers", ())
             raise ValueError(
                 f"{type(self).__name__} learns from {self.annotation}, but {type(data).__name__} has {given}; "
@@ -200,7 +200,7 @@ class BaseTask(LightningModule):
             package.__name__: package.__version__ for package in (shunted_lit, torch, torchvision, lightning, timm)
         }
         sizes = {f"images of {split}": len(dataset) for split, dataset in getattr(data, "datasets", {}).items()}
-        agree({**versions, **sizes, "classes": self.class_names, "settings": dict(self.hparams)})
+        check_equal_on_all_ranks({**versions, **sizes, "classes": self.class_names, "settings": dict(self.hparams)})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["task"] = type(self).__name__  # so that a file alone tells what it is

@@ -16,10 +16,10 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2.functional import to_dtype
 
-from shunted_lit.features import check_model_name, state_and_heads
-from shunted_lit.pictures import draw_classes
+from shunted_lit.models.feature_path import check_model_name, state_dict_and_classifiers
+from shunted_lit.models.weights import load_matching_weights
 from shunted_lit.tasks.base import BaseTask
-from shunted_lit.weights import load_known_parts
+from shunted_lit.visualization.plots import draw_classes
 
 Batch = tuple[Tensor, Tensor]
 
@@ -203,6 +203,6 @@ def build_classifier(
     if pretrained:
         raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
     model: Any = timm.create_model(name, num_classes=num_classes, **options)
-    state, heads = state_and_heads(weights, model)
-    load_known_parts(model, state, weights, heads)
+    state, heads = state_dict_and_classifiers(weights, model)
+    load_matching_weights(model, state, weights, heads)
     return model

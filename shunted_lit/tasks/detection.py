@@ -8,11 +8,11 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from shunted_lit.detectors import DETECTORS, build_detector, detect
-from shunted_lit.features import FeaturePath
-from shunted_lit.pictures import draw_predictions
-from shunted_lit.ranks import gathered
+from shunted_lit.models.detectors import DETECTORS, build_detector, detect
+from shunted_lit.models.feature_path import FeaturePath
 from shunted_lit.tasks.base import BaseTask
+from shunted_lit.utils.distributed import gather_lists
+from shunted_lit.visualization.plots import draw_predictions
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
 
@@ -23,7 +23,7 @@ class MeanAP(MeanAveragePrecision):
     def _sync_dist(self, dist_sync_fn: Any = None, process_group: Any = None) -> None:
         for name in self._defaults:
             own = apply_to_collection(getattr(self, name), Tensor, Tensor.cpu)
-            setattr(self, name, gathered(own))
+            setattr(self, name, gather_lists(own))
 
 
 class DetectionTask(BaseTask):

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from shunted_lit.data.label_maps import IGNORED
-from shunted_lit.features import FeaturePath, groups_of_a_size
-from shunted_lit.pictures import draw_maps
-from shunted_lit.ranks import divisor
-from shunted_lit.segmenters import LEVELS, Segmenter, segment
+from shunted_lit.data.segmentation import IGNORED
+from shunted_lit.models.feature_path import FeaturePath, group_by_size
+from shunted_lit.models.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
+from shunted_lit.utils.distributed import loss_denominator
+from shunted_lit.visualization.plots import draw_maps
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class SegmentationTask(BaseTask):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, maps = batch
-        if len(groups_of_a_size(images)) > 1:
+        if len(group_by_size(images)) > 1:
             sizes = sorted({tuple(image.shape[-2:]) for image in images})
             raise ValueError(f"training images of one batch have the sizes {sizes}; cut them to one (crop_size)")
         if len(images) < 2 and self.hparams["decoder"] == "upernet":
@@ -238,5 +238,5 @@ class SegmentationTask(BaseTask):
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Mean over the labelled pixels of (B, classes, H, W) and (B, H, W), of all processes; 0 where there is none."""
-    labelled = divisor((target != IGNORED).sum())
+    labelled = loss_denominator((target != IGNORED).sum())
     return F.cross_entropy(logits.float(), target, ignore_index=IGNORED, reduction="sum") / labelled

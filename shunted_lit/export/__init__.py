@@ -1,0 +1,1 @@
+"""Export of networks to ONNX, OpenVINO, torch.export and safetensors."""

@@ -1,0 +1,1 @@
+"""Networks: the architecture, its registration in timm, detectors and segmenters over it."""

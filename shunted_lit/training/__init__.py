@@ -1,0 +1,1 @@
+"""Lightning callbacks, loggers and plugins used by `shunted-lit fit`."""

@@ -1,0 +1,1 @@
+"""Figures: predictions, training curves, attention."""

@@ -1,0 +1,377 @@
+"""The command line from end to end: every config, what a run leaves behind, resuming, and errors."""
+
+import csv
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from shunted_lit import ShuntedTransformer
+from shunted_lit.cli import COMMANDS, COMMANDS_OF_DATA, main, new_version
+from shunted_lit.data.scenes import write_scenes
+from shunted_lit.tasks import DetectionTask
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TINY = [
+    "--config",
+    str(ROOT / "configs/neck.yaml"),
+    "--model.neck={depth: 1, mlp_ratios: 1}",
+    "--model.pyramid_channels=32",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+    "--trainer.accelerator=cpu",
+    "--data.num_workers=0",
+]
+QUICK = [
+    *TINY,
+    "--data.train_size=32",
+    "--data.val_size=16",
+    "--data.size=64",
+    "--model.min_size=64",
+    "--data.batch_size=16",
+]
+
+
+def metrics(folder, name):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
+
+
+def fit(*args):
+    cli = main(["fit", *args])
+    return cli, Path(cli.trainer.log_dir)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_configs_are_short_and_parse(config, capsys):
+    assert len(config.read_text().splitlines()) <= 35
+    with pytest.raises(SystemExit) as done:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert done.value.code == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].startswith("shunted_lit.tasks.")
+
+
+def test_a_run_and_what_it_leaves():
+    cli, folder = fit(
+        *TINY, "--trainer.max_epochs=3", "--data.train_size=96", "--data.val_size=16", "--data.batch_size=8"
+    )
+    assert folder == Path("runs/version_0")
+    for name in ("config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
+        assert (folder / name).stat().st_size > 0
+    losses = metrics(folder, "train/loss")
+    assert sum(losses[-4:]) < 0.8 * sum(losses[:4]), "the loss goes down"
+    for name in ("map", "map_50", "map_small", "map_medium", "map_large"):
+        assert len(metrics(folder, f"val/{name}")) == 3
+    for name in ("predictions.png", "curves.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200
+            assert len(picture.convert("RGB").getcolors(2**24)) > 50
+    assert "resnet18" in (folder / "config.yaml").read_text()
+
+    # The checkpoint alone gives back task and neck; nothing in it needs to be trusted.
+    path = folder / "checkpoints/last.ckpt"
+    task = DetectionTask.load_from_checkpoint(path, weights_only=True).eval()
+    neck = ShuntedTransformer.from_checkpoint(path)
+    assert not neck.training
+    x = torch.randn(1, 512, 5, 7)
+    torch.testing.assert_close(neck(x), cli.model.detector.backbone.body.necks["5"].eval()(x), rtol=0, atol=0)
+    image = [torch.rand(3, 128, 128)]
+    torch.testing.assert_close(task(image), cli.model.eval()(image))
+    assert task.class_names == ["circle", "triangle", "square", "star", "cross"]
+    with pytest.raises(ValueError, match=r"holds necks on the levels \['5'\], and level is 4"):
+        ShuntedTransformer.from_checkpoint(path, level=4)
+
+
+def test_a_rerun_gets_its_own_folder():
+    first, second = (fit(*QUICK, "--trainer.max_epochs=1")[1] for _ in range(2))
+    assert (first.name, second.name) == ("version_0", "version_1")
+    assert metrics(first, "train/loss") == metrics(second, "train/loss"), "equal seeds, equal runs"
+
+
+def test_run_folders_are_reserved_at_once(tmp_path):
+    assert [new_version(tmp_path / "runs") for _ in range(3)] == [0, 1, 2]
+
+
+def test_default_root_dir_and_other_loggers(tmp_path):
+    _, folder = fit(
+        *QUICK, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'here'}",
+        "--trainer.logger+=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path / 'other'}",
+    )  # fmt: skip
+    assert folder == tmp_path / "here/version_0"
+    assert (folder / "metrics.csv").is_file()
+    assert list((tmp_path / "other").rglob("metrics.csv"))
+    assert not Path("runs").exists()
+
+
+def test_fast_dev_run_leaves_nothing():
+    main(["fit", *QUICK, "--trainer.fast_dev_run=true"])
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "necks"),
+    [
+        (["--model.neck=null"], set()),
+        (["--model.backbone=shunted_t", "--model.neck=null"], set()),
+        (["--model.backbone=shunted_t"], {"5"}),
+        (["--model.neck_levels=[4,5]", "--model.neck={depth: 1, num_heads: 4, ratios: [4, 1]}"], {"4", "5"}),
+        (["--model.detector=retinanet", "--model.extra_levels=2"], {"5"}),
+    ],
+    ids=["no neck", "shunted_t alone", "shunted_t and neck", "two necks", "retinanet"],
+)
+def test_backbone_and_neck_are_two_slots(change, necks):
+    cli, folder = fit(*QUICK, "--trainer.max_epochs=1", "--data.batch_size=16", *change)
+    assert set(cli.model.detector.backbone.body.necks) == necks
+    assert len(metrics(folder, "val/map")) == 1
+    DetectionTask.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True)
+
+
+def test_frozen_backbone_trains_neck_and_head_alone():
+    cli, folder = fit(*QUICK, "--trainer.max_epochs=1", "--model.freeze_backbone=true")
+    start = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
+    optimized = sum(p.numel() for group in cli.trainer.optimizers[0].param_groups for p in group["params"])
+    body = cli.model.detector.backbone.body
+    total, frozen = (sum(p.numel() for p in module.parameters()) for module in (cli.model, body.backbone))
+    assert optimized == total - frozen
+    running = [value for name, value in start["state_dict"].items() if name.endswith("bn1.running_mean")]
+    assert running
+    assert all(not value.any() for value in running), "BatchNorm did not follow the data"
+
+
+def test_resuming_continues_where_it_stopped():
+    steps = [*QUICK, "--data.batch_size=8"]
+    _, first = fit(*steps, "--trainer.max_epochs=2")
+    resumed, second = fit(*steps, "--trainer.max_epochs=3", f"--ckpt_path={first}/checkpoints/last.ckpt")
+    assert first != second
+    assert resumed.trainer.current_epoch == 3
+    assert resumed.trainer.global_step == 12
+    assert len(metrics(second, "val/map")) == 1, "only the third epoch was run"
+
+
+def test_decay_spares_norms_and_biases_and_the_rate_follows_its_schedule():
+    cli, _ = fit(
+        *QUICK, "--data.batch_size=4", "--trainer.max_epochs=2", "--model.warmup_epochs=0.5", "--model.lr=0.01"
+    )
+    optimizer = cli.trainer.optimizers[0]
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in cli.model.named_parameters():
+        assert decays[id(parameter)] == (0 if parameter.ndim <= 1 else 0.05), name
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(1e-6)
+
+    configured = cli.model.configure_optimizers()
+    rates = []
+    for _ in range(16):
+        rates.append(configured["optimizer"].param_groups[0]["lr"])
+        configured["optimizer"].step()
+        configured["lr_scheduler"]["scheduler"].step()
+    rising = [0.01 * (i + 1) / 5 for i in range(4)]
+    falling = [1e-6 + (0.01 - 1e-6) * (1 + math.cos(math.pi * i / 12)) / 2 for i in range(12)]
+    assert rates == pytest.approx(rising + falling, rel=1e-4)
+
+
+def test_endless_training_is_told():
+    with pytest.raises(ValueError, match="training has no end"):
+        fit(*QUICK, "--trainer.max_epochs=-1")
+
+
+def test_a_resumed_run_follows_its_own_longer_schedule():
+    steps = [*QUICK, "--data.batch_size=8", "--model.warmup_epochs=0"]
+    _, first = fit(*steps, "--trainer.max_epochs=1")
+    _, second = fit(
+        *steps, "--trainer.max_epochs=3", f"--ckpt_path={first}/checkpoints/last.ckpt",
+        "--trainer.callbacks+=LearningRateMonitor",
+    )  # fmt: skip
+    expected = [1e-6 + (0.002 - 1e-6) * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(4, 12)]
+    assert metrics(second, "lr-AdamW/pg1") == pytest.approx(expected)
+
+
+def test_settings_that_a_checkpoint_overrides_are_told(caplog):
+    _, first = fit(*QUICK, "--trainer.max_epochs=1")
+    resumed, _ = fit(*QUICK, "--trainer.max_epochs=2", "--model.lr=0.5", f"--ckpt_path={first}/checkpoints/last.ckpt")
+    assert resumed.model.lr == 0.002
+    assert "model.lr is 0.002, as in the checkpoint, not 0.5" in caplog.text
+
+
+def test_mixed_precision_with_clipping():
+    cli, _ = fit(*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed")
+    assert cli.trainer.gradient_clip_val == 5
+
+
+@pytest.mark.parametrize("subcommand", ["validate", "test"])
+def test_evaluation_needs_a_checkpoint(subcommand):
+    _, first = fit(*QUICK, "--trainer.max_epochs=1")
+    with pytest.raises(ValueError, match="needs trained weights: name a checkpoint"):
+        main([subcommand, *QUICK])
+    cli = main([subcommand, *QUICK, f"--ckpt_path={first}/checkpoints/best.ckpt"])
+    stage = {"validate": "val", "test": "test"}[subcommand]
+    assert metrics(Path(cli.trainer.log_dir), f"{stage}/map") == pytest.approx(metrics(first, "val/map")[-1:], abs=1e-6)
+
+
+# --- people's own folders
+
+
+READERS = {
+    "yolo": ["--data=YoloDataModule", "--data.data={folder}/data.yaml"],
+    "coco": [
+        "--data=CocoDataModule",
+        "--data.root={folder}",
+        "--data.train_images=images/train",
+        "--data.train_annotations=annotations/train.json",
+        "--data.val_images=images/val",
+        "--data.val_annotations=annotations/val.json",
+    ],
+}
+
+
+def own_folder(reader, folder):
+    config = yaml.safe_load((ROOT / "configs/neck.yaml").read_text())
+    config.pop("data")
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    tiny = [word if not word.endswith("neck.yaml") else "own.yaml" for word in TINY]
+    data = [word.format(folder=folder) for word in READERS[reader]]
+    at = next(i for i, word in enumerate(tiny) if word.startswith("--data."))
+    return [*tiny[:at], *data, *tiny[at:], "--data.batch_size=8", "--model.min_size=64", "--model.max_size=96"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own") / "set"
+    write_scenes(folder, train=32, val=8, size=64)
+    return folder
+
+
+def test_own_folders_train_resume_and_agree(folder):
+    results = {}
+    for reader in READERS:
+        args = own_folder(reader, folder)
+        cli, run = fit(*args, "--trainer.max_epochs=2")
+        assert cli.model.class_names == ["circle", "triangle", "square", "star", "cross"]
+        results[reader] = {name: metrics(run, name) for name in ("train/loss", "val/map", "val/map_50")}
+        resumed, _ = fit(*args, "--trainer.max_epochs=3", f"--ckpt_path={run}/checkpoints/last.ckpt")
+        assert resumed.trainer.global_step == 12
+        results[reader]["weights"] = sum(p.double().sum().item() for p in cli.model.parameters())
+    assert results["yolo"] == results["coco"]
+
+
+def run(*args):
+    return subprocess.run([sys.executable, "-m", "shunted_lit", *args], capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_users_see_a_line_and_no_traceback(folder, tmp_path, workers):
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    (damaged / "images/train/000001.png").write_bytes(b"nothing")
+    done = run("fit", *own_folder("yolo", damaged), f"--data.num_workers={workers}")
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "shunted-lit: error: " in done.stderr
+    assert "000001.png: not a readable image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.neck={dept: 1}"], "shunted-lit: error: the neck has no keyword dept; it has"),
+        (["--ckpt_path=none.ckpt"], "none.ckpt"),
+    ],
+)
+def test_wrong_settings_end_in_one_line(args, message):
+    done = run("fit", *QUICK, *args)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Union" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.neck.num_heads=3"], "512 channels do not split into 3 heads"),
+        (["--model.backbone=resnet19"], "timm has no model 'resnet19'"),
+        (["--model.levels=[3,9]"], "no level 9"),
+        (["--model.neck_levels=[]"], "neck_levels is empty"),
+        (["--model.levels=[4,4]"], "none twice"),
+        (["--model.detector_options={foo: 1}"], "fcos has no option foo"),
+        (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate is 1.5"),
+        (["--model.lr=-1"], "lr is -1"),
+        (["--model.min_size=1024"], "min_size is 1024 and max_size 96, but .* raise max_size too"),
+        (["--model.min_size=0"], "min_size is 0 and max_size 96, but 1 pixel or more"),
+        (["--model.neck={mlp_ratios: -1}"], "width is -1 times 512 channels, but at least 1"),
+        (["--model.detector=yolo"], "detector is 'yolo'; choose one of"),
+        (["--data.train_size=0"], "train_size is 0"),
+        (["--model.num_classes=3"], "model.num_classes is 3, but the data have 5 classes; leave it out"),
+        (["--model.neck={depth: many}"], "the neck's depth is 'many', but int is needed"),
+    ],
+)
+def test_wrong_settings_are_told(args, message):
+    with pytest.raises((ValueError, SystemExit), match=message):
+        fit(*QUICK, *args)
+
+
+def test_without_a_logger_nothing_of_a_users_is_overwritten():
+    Path("config.yaml").write_text("mine: 1")
+    main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false"])
+    assert Path("config.yaml").read_text() == "mine: 1"
+
+
+@pytest.mark.parametrize("args", [["fit", "--model.lr=high"], ["fit", "--config=none.yaml"], ["train"], []])
+def test_the_parser_tells_the_rest(args, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([*args, *(QUICK if args[1:2] == ["--model.lr=high"] else [])])
+    assert done.value.code == 2
+    assert "error:" in capsys.readouterr().err
+
+
+def test_scenes_command(tmp_path):
+    main(["scenes", str(tmp_path / "set"), "--train=3", "--val=2", "--size=48"])
+    content = json.loads((tmp_path / "set/annotations/train.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["000000.png", "000001.png", "000002.png"]
+    done = run("scenes", str(tmp_path / "set"))
+    assert done.returncode == 2
+    assert "not empty; name a new folder" in done.stderr
+
+
+def test_help_names_the_other_commands(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    commands = re.search(r"Besides: (.*); each tells more by --help", told)[1].split(", ")
+    assert commands == sorted([*COMMANDS, *COMMANDS_OF_DATA, "yolo"])
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["trainer: 5", "trainer: null", "trainer: [1]", "checkpoint: [1]", "checkpoint: null", "report: 3",
+     "trainer: {limit_train_batches: 0}", "trainer: {check_val_every_n_epoch: 0}"],
+)  # fmt: skip
+def test_sections_that_are_none_are_told(config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(config)
+    with pytest.raises((ValueError, SystemExit)) as told:
+        main([*SCENES_FIT, "--config=config.yaml"])
+    assert told.type is ValueError or told.value.code == 2
+
+
+SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "--model.pyramid_channels=64",
+              "--model.min_size=32", "--model.max_size=32", "--data=ShapesDataModule", "--data.size=32",
+              "--data.train_size=8", "--data.val_size=2", "--data.num_workers=0"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--model.pyramid_channels=0"], "pyramid_channels is 0"),
+    (["--data=DetectionDataModule"], "DetectionDataModule is a base of data modules"),
+])  # fmt: skip
+def test_settings_that_can_not_be_are_told(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, SystemExit)) as told:
+        main(["fit", "--model=DetectionTask", *words] if "--data" in words[0] else [*SCENES_FIT, *words])
+    assert message in str(told.value) + capsys.readouterr().err

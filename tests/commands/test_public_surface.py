@@ -1,0 +1,125 @@
+"""What others build on stays: commands, options and public names, and the configs that runs have saved.
+
+`python tests/test_surface.py` writes the list anew, where something was added; what it loses is a break, for CHANGELOG.
+"""
+
+import importlib
+import inspect
+import json
+import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import yaml
+
+from shunted_lit import __version__, ultralytics
+from shunted_lit.cli import COMMANDS, main
+
+HERE = Path(__file__).parents[1]
+LIST = HERE / "commands/surface.json"
+MODULES = ["shunted_lit", "shunted_lit.tasks", "shunted_lit.data"]
+FURTHER = {  # of modules that name no public ones, what README tells of
+    "shunted_lit.visualization.attention": [
+        "attention",
+        "attention_costs",
+        "attention_maps",
+        "cost",
+        "draw_attention",
+        "record_attention",
+    ],
+    "shunted_lit.training.checkpoint": ["RunCheckpoint"],
+    "shunted_lit.models.detectors": ["DETECTORS", "Pyramid", "build_detector", "detect"],
+    "shunted_lit.models.feature_path": ["FeaturePath"],
+    "shunted_lit.prediction.writers": ["PredictionWriter"],
+    "shunted_lit.training.report": ["RunReport"],
+    "shunted_lit.models.segmenters": ["DECODERS", "Segmenter", "segment"],
+    "shunted_lit.ultralytics": ["write_weights", "write_yaml"],
+}
+
+
+def arguments(thing):
+    return [name for name in inspect.signature(thing).parameters if name not in ("self", "keywords")]
+
+
+def surface():
+    """All of it: names, and the arguments of those that take some."""
+    found = {}
+    for module in MODULES:
+        found |= {f"{module}.{name}": getattr(importlib.import_module(module), name)
+                  for name in importlib.import_module(module).__all__}  # fmt: skip
+    for module, names in FURTHER.items():
+        found |= {f"{module}.{name}": getattr(importlib.import_module(module), name) for name in names}
+    names = {name: arguments(thing) if callable(thing) else sorted(thing) for name, thing in found.items()}
+    commands = {name: arguments(function) for name, function in COMMANDS.items()}
+    commands |= {"yolo yaml": arguments(ultralytics.write_yaml), "yolo weights": arguments(ultralytics.write_weights)}
+    return {"names": names, "commands": {**commands, **{name: options(name) for name in OWN}}}
+
+
+OWN = {
+    "fit": ["checkpoint.last", "checkpoint.save_last", "report."],
+    "validate": ["report."],
+    "test": ["report."],
+    "predict": ["predictions."],
+    "check": [],
+    "shard": ["out", "samples"],
+}
+
+
+def options(command):
+    """Of a command of Lightning's, those that are ours; of `check`, all."""
+    told = StringIO()
+    with redirect_stdout(told), pytest.raises(SystemExit):
+        main([command, "--help"])
+    words = {word.split("=")[0].strip("[],") for word in told.getvalue().split() if word.startswith(("--", "[--"))}
+    prefixes = tuple(f"--{group}" for group in OWN[command])
+    plain = ("--config", "--ckpt_path", "--seed_everything", "--model", "--data", "--decode")
+    return sorted(word for word in words if word in plain or (prefixes and word.startswith(prefixes)))
+
+
+def test_nothing_of_the_surface_is_lost():
+    before, now = json.loads(LIST.read_text()), surface()
+    for kind in before:
+        for name, values in before[kind].items():
+            assert name in now[kind], f"{name} is gone"
+            gone = [value for value in values if value not in now[kind][name]]
+            assert not gone, f"{name} has lost {gone}"
+    assert now == before, "something is new: python tests/test_surface.py writes the list anew"
+
+
+def test_positional_arguments_keep_their_order():
+    """What a user may have passed without a name."""
+    before, now = json.loads(LIST.read_text())["names"], surface()["names"]
+    for name, values in before.items():
+        kept = [value for value in now[name] if value in values]
+        assert kept == values, name
+
+
+def leaves(content, path=()):
+    if isinstance(content, dict) and content:
+        for key, value in content.items():
+            yield from leaves(value, (*path, key))
+    else:
+        yield path, content
+
+
+@pytest.mark.parametrize("file", sorted(HERE.glob("saved_configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_saved_config_is_read_as_it_was(file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={file}", "--print_config"])
+    assert stop.value.code in (0, None)
+    now = dict(leaves(yaml.safe_load(capsys.readouterr().out)))
+    links = ("num_classes", "class_names", "annotation")  # which task and data have from each other
+    for path, value in leaves(yaml.safe_load(file.read_text())):
+        if path[-1] not in links:
+            assert now.get(path, "nothing") == value, path
+
+
+def test_there_are_configs_of_this_release():
+    assert len(list(HERE.glob(f"saved_configs/{__version__}/*.yaml"))) >= 5
+
+
+if __name__ == "__main__":
+    LIST.write_text(json.dumps(surface(), indent=1) + "\n")
+    print(f"{LIST}: written", file=sys.stderr)

@@ -1,0 +1,526 @@
+"""Data in shards: equal to the folder's, in any order, from a disk and from a server; and what is wrong with them."""
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from shunted_lit.cli import main
+from shunted_lit.commands import shard as writing
+from shunted_lit.data import (
+    ClassificationShardsDataModule,
+    CocoDataModule,
+    DetectionShardsDataModule,
+    ImageFolderDataModule,
+    YoloDataModule,
+)
+from shunted_lit.data.sampling import TrainingSampler
+from shunted_lit.data.shards import Shards, fault_of_known
+from shunted_lit.utils.files import lock_folder
+from shunted_lit.utils.seeds import seed_sample
+
+SMALL = {"image_size": 24, "batch_size": 4, "num_workers": 0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """23 and 7 images of 3 classes, JPEG and PNG."""
+    root = tmp_path_factory.mktemp("folder")
+    generator = np.random.default_rng(0)
+    for split, count in {"train": 23, "val": 7}.items():
+        for i in range(count):
+            place = root / split / "abc"[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 255, (30, 20 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.{'jpg' if i % 2 else 'png'}")
+    return root
+
+
+def write(out, *words, data="ImageFolderDataModule", samples=5):
+    main(["shard", f"--data={data}", *words, "--data.num_workers=0", f"--out={out}", f"--samples={samples}"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(folder, tmp_path_factory):
+    """The same in shards of 5 images."""
+    return write(tmp_path_factory.mktemp("shards") / "out", f"--data.root={folder}")
+
+
+def by_name(dataset):
+    return {dataset.name_of(index): index for index in range(len(dataset))}
+
+
+def test_samples_are_those_of_the_folder(folder, shards):
+    there, here = ImageFolderDataModule(str(folder), **SMALL), ClassificationShardsDataModule(str(shards), **SMALL)
+    assert here.class_names == there.class_names
+    for split in ("train", "val"):
+        left, right = there.dataset(split), here.dataset(split)
+        assert by_name(left).keys() == by_name(right).keys()
+        assert len(left) == len(right)
+        for name, index in by_name(left).items():
+            pair = []
+            for dataset, place in ((left, index), (right, by_name(right)[name])):
+                seed_sample(1, 2, 3)  # so that both are augmented alike
+                pair.append(dataset[place])
+            assert torch.equal(pair[0][0], pair[1][0])
+            assert pair[0][1] == pair[1][1]
+
+
+def test_others_read_them(folder, shards):
+    """WebDataset's own reader finds each image, byte for byte, and its class."""
+    urls = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
+    found = Counter()
+    for sample in webdataset.WebDataset(urls, shardshuffle=False):
+        known = json.loads(sample["json"])
+        image = sample.get("jpg") or sample.get("png")
+        assert Path(known["name"]).read_bytes() == image
+        assert "abc"[int(sample["cls"])] == Path(known["name"]).parent.name
+        found[known["name"]] += 1
+    assert len(found) == 23
+    assert set(found.values()) == {1}
+
+
+def coco(root):
+    """Two splits of one set in COCO's format, with masks, a crowd and an image without objects."""
+    (root / "images").mkdir(parents=True)
+    generator = np.random.default_rng(1)
+    images, annotations = [], []
+    for i in range(6):
+        Image.fromarray(generator.integers(0, 255, (40, 50, 3), dtype=np.uint8)).save(root / f"images/{i}.png")
+        images.append({"id": 10 + i, "file_name": f"{i}.png", "width": 50, "height": 40})
+        for j in range(i % 3):
+            box, outline = [2 + j, 3, 20, 10.5], [2 + j, 3, 22 + j, 3, 22 + j, 13.5]
+            annotations.append({"id": len(annotations), "image_id": 10 + i, "category_id": 5 + j, "bbox": box,
+                                "segmentation": [outline], "iscrowd": 0})  # fmt: skip
+    rle = {"counts": [100, 50, 1850], "size": [40, 50]}
+    crowd = {"id": 99, "image_id": 12, "category_id": 5, "bbox": [2, 20, 2, 20], "segmentation": rle, "iscrowd": 1}
+    categories = [{"id": 5, "name": "cat"}, {"id": 6, "name": "dog"}]
+    content = {"images": images, "annotations": [*annotations, crowd], "categories": categories}
+    (root / "all.json").write_text(json.dumps(content))
+    return {"root": str(root), **{f"{split}_{kind}": "images" if kind == "images" else "all.json"
+                                  for split in ("train", "val") for kind in ("images", "annotations")}}  # fmt: skip
+
+
+@pytest.mark.parametrize("annotation", ["boxes", "masks"])
+def test_objects_are_those_of_coco(annotation, tmp_path):
+    options = coco(tmp_path / "coco")
+    words = [f"--data.{name}={value}" for name, value in options.items()]
+    out = write(
+        tmp_path / "out",
+        *words,
+        "--model=DetectionTask",
+        "--model.detector=mask_rcnn",
+        data="CocoDataModule",
+        samples=4,
+    )
+    there = CocoDataModule(**options, annotation=annotation, num_workers=0)
+    here = DetectionShardsDataModule(str(out), annotation=annotation, num_workers=0)
+    assert here.class_names == ["cat", "dog"]
+    for split in ("train", "val"):
+        left, right = there.dataset(split), here.dataset(split)
+        assert by_name(left).keys() == by_name(right).keys()
+        for name, index in by_name(left).items():
+            pair = []
+            for dataset, place in ((left, index), (right, by_name(right)[name])):
+                seed_sample(1, 2, 3)
+                pair.append(dataset[place])
+            torch.testing.assert_close(*pair, rtol=0, atol=0)
+
+
+def test_fractions_of_yolo_stay_fractions(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    for i in range(3):
+        Image.new("RGB", (30 + i, 20)).save(tmp_path / f"images/{i}.png")
+        (tmp_path / f"labels/{i}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
+    (tmp_path / "data.yaml").write_text("{train: images, val: images, names: [cat]}")
+    out = write(tmp_path / "out", f"--data.data={tmp_path / 'data.yaml'}", data="YoloDataModule")
+    here = DetectionShardsDataModule(str(out), num_workers=0).dataset("val")
+    there = YoloDataModule(str(tmp_path / "data.yaml"), num_workers=0).dataset("val")
+    for index in range(3):
+        torch.testing.assert_close(here[index], there[index], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="has boxes, but masks are wanted; choose other data"):
+        DetectionShardsDataModule(str(out), annotation="masks")
+
+
+# --- the order
+
+
+class Counted:
+    """A data set whose shards have so many images each."""
+
+    def __init__(self, counts, window):
+        self.shards = object.__new__(Shards)
+        self.shards.counts, self.shards.window, self.shards.root = torch.tensor(counts), window, ""
+        self.shards.ends = np.cumsum(counts)
+
+    def __len__(self):
+        return int(self.shards.ends[-1])
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_an_epoch_has_each_image_once_over_all_processes(replicas):
+    dataset = Counted([7, 5, 9, 3], 2)
+    keys = [key for rank in range(replicas) for key in TrainingSampler(dataset, replicas, rank, seed=1)]
+    assert set(range(24)) == {key[0] for key in keys}
+    assert len(keys) == 24
+    assert len({key[3] for key in keys}) == 24, "each has random numbers of its own"
+    assert [key[0] for key in keys] != [
+        key[0] for rank in range(replicas) for key in TrainingSampler(dataset, replicas, rank, 2)
+    ]
+
+
+def test_a_run_goes_on_in_mid_epoch():
+    dataset = Counted([7, 5, 9, 3], 2)
+    assert (
+        list(TrainingSampler(dataset, 2, 1, seed=1, epoch=3, start=5))
+        == list(TrainingSampler(dataset, 2, 1, seed=1, epoch=3))[5:]
+    )
+
+
+def test_few_shards_are_in_use_at_a_time_and_mixed():
+    dataset = Counted([100] * 40, 4)
+    images = torch.tensor([key[0] for key in TrainingSampler(dataset, 1, 0, seed=0)]) // 100
+    lasts = {shard: int((images == shard).nonzero().max()) for shard in range(40)}
+    firsts = {shard: int((images == shard).nonzero().min()) for shard in range(40)}
+    in_use = [sum(firsts[s] <= place <= lasts[s] for s in range(40)) for place in range(0, 4000, 50)]
+    assert max(in_use) <= 4 + 2
+    batches = [len(set(images[start : start + 32].tolist())) for start in range(800, 3200, 32)]
+    assert np.mean(batches) > 3.5, "of 4 to 6"
+    shared = [{key[0] // 100 for key in TrainingSampler(dataset, 4, rank, seed=0)} for rank in range(4)]
+    assert max(map(len, shared)) <= 10 + 2 * 5, "of 40: a stretch, and what mixes in at its ends"
+
+
+def test_an_image_is_repeated_within_its_process():
+    dataset = Counted([6, 6], 2)
+    images = [key[0] for key in TrainingSampler(dataset, 2, 0, seed=0, repeats=3)]
+    assert sorted(Counter(images).values()) == [3, 3]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(workers, shards):
+    batches = []
+    for count in (0, workers):
+        data = ClassificationShardsDataModule(str(shards), **{**SMALL, "num_workers": count}, window=2)
+        data.resumed = {"seed": 3, "epoch": 0, "batches": 1}
+        data.setup("fit")
+        batches.append(list(data.train_dataloader()))
+    assert len(batches[0]) == 4, "of 5 whole ones the first was seen"
+    torch.testing.assert_close(*batches, rtol=0, atol=0)
+
+
+def fit(data, root, *words):
+    cli = main(["fit", f"--data={data}", f"--data.root={root}", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+                "--trainer.enable_progress_bar=false", "--report.images=0", *words])  # fmt: skip
+    return Path(cli.trainer.log_dir)
+
+
+CLASSIFIER = ["--model=ClassificationTask", "--model.backbone_options={stem: patch4, depths: [1, 1, 1, 1]}",
+              "--data.image_size=24", "--data.batch_size=4", "--data.num_workers=1"]  # fmt: skip
+
+
+def test_training_and_prediction_by_shards(shards, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = fit("ClassificationShardsDataModule", shards, *CLASSIFIER)
+    assert (run / "checkpoints/best.ckpt").is_file()
+    main(["predict", f"--ckpt_path={run / 'checkpoints/best.ckpt'}", f"--data.images={folder / 'val/a'}",
+          "--trainer.accelerator=cpu", "--data.num_workers=0"])  # fmt: skip
+    assert len(Path("predictions/predictions.csv").read_text().splitlines()) == 4
+
+
+# --- a server
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    asked: ClassVar[Counter] = Counter()
+
+    def log_message(self, *args):
+        self.asked[self.path] += self.command == "GET"
+
+
+@pytest.fixture
+def server(shards):
+    """URL of the shards, and how often each file was fetched."""
+    Quiet.asked.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shards))) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{found.server_port}", Quiet.asked
+        found.shutdown()
+
+
+def test_shards_of_a_server_are_fetched_once_and_trained_on(server, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    url, asked = server
+    fit(
+        "ClassificationShardsDataModule", url, *CLASSIFIER, f"--data.cache={tmp_path / 'cache'}", "--data.num_workers=2"
+    )
+    tars = {path: count for path, count in asked.items() if path.endswith(".tar")}
+    assert tars == {f"/{path.relative_to(shards)}": 1 for path in shards.rglob("*.tar")}
+    there, here = (ClassificationShardsDataModule(str(root), **SMALL, cache=str(tmp_path / "cache")).dataset("val")
+                   for root in (shards, url))  # fmt: skip
+    for index in range(7):
+        assert torch.equal(there[index][0], here[index][0])
+    assert asked["/val/000000.tar"] == 1, "they are kept"
+
+
+def test_the_cache_keeps_its_bound(server, shards, tmp_path):
+    url = server[0]
+    largest = max(path.stat().st_size for path in shards.rglob("*.tar"))
+    bound = 3.5 * largest / 1e9
+    data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path), cache_gb=bound, window=1)
+    data.setup("fit")
+    for epoch in range(2):
+        data.resumed = {"seed": 0, "epoch": epoch, "batches": 0}
+        assert len(list(data.train_dataloader())) == 5
+        for cache in tmp_path.iterdir():
+            assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= bound * 1e9
+    with pytest.raises(ValueError, match=r"cache_gb is .*, but .* GB are in use at a time \(3 shards of up to .* MB\)"):
+        ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path), cache_gb=bound / 2, window=1)
+
+
+def test_a_shard_that_a_server_has_not_is_told(server, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("shunted_lit.data.shards.time.sleep", lambda seconds: None)
+    kept = shards / "val/000001.tar"
+    content = kept.read_bytes()
+    data = ClassificationShardsDataModule(server[0], **SMALL, cache=str(tmp_path))
+    try:
+        kept.unlink()
+        with pytest.raises(ValueError, match=r"http://127.*/val/000001\.tar: can't be read \(.*"):
+            data.dataset("val")[6]
+        kept.write_bytes(content[:-512])
+        with pytest.raises(
+            ValueError, match=r"val/000001\.tar: can't be read \(\d+ bytes came, but its index says \d+"
+        ):
+            data.dataset("val")[6]
+    finally:
+        kept.write_bytes(content)
+    assert data.dataset("val")[6][1] in range(3)
+    with pytest.raises(ValueError, match=r"/nothing/train/index\.json: can't be read .*; `shunted-lit shard` writes"):
+        ClassificationShardsDataModule(f"{server[0]}/nothing", **SMALL)
+
+
+# --- writing, and what is wrong
+
+
+def test_writing_that_was_cut_off_goes_on(folder, shards, tmp_path, monkeypatch):
+    read, count = writing.read_bytes, iter(range(100))
+
+    def fails(path):
+        if next(count) == 12:
+            raise KeyboardInterrupt
+        return read(path)
+
+    monkeypatch.setattr(writing, "read_bytes", fails)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "out", f"--data.root={folder}")
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.tar")}
+    assert len(done) == 2, "12 of 5 images each"
+    with pytest.raises(ValueError, match=r"train/index\.json: can't be read"):
+        ClassificationShardsDataModule(str(tmp_path / "out"))
+    monkeypatch.setattr(writing, "read_bytes", read)
+    with pytest.raises(ValueError, match=r"holds shards of other data, .* or of another number of samples"):
+        write(tmp_path / "out", f"--data.root={folder}", samples=6)
+    write(tmp_path / "out", f"--data.root={folder}")
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
+    for path in shards.rglob("*"):
+        if path.is_file():
+            assert (tmp_path / "out" / path.relative_to(shards)).read_bytes() == path.read_bytes(), path
+    write(tmp_path / "out", f"--data.root={folder}")  # is there already
+
+
+def copy(shards, out):
+    for path in shards.rglob("*"):
+        if path.is_file():
+            (out / path.relative_to(shards)).parent.mkdir(parents=True, exist_ok=True)
+            os.link(path, out / path.relative_to(shards))
+    return out
+
+
+@pytest.mark.parametrize(("damage", "told"), [
+    (lambda path: path.unlink(), "missing"),
+    (lambda path: replace(path, path.read_bytes()[:-1024]), r"has \d+ bytes, but its index says \d+"),
+])  # fmt: skip
+def test_shards_that_are_missing_or_cut_off_are_told_before_training(damage, told, shards, tmp_path):
+    root = copy(shards, tmp_path)
+    damage(root / "train/000002.tar")
+    with pytest.raises(ValueError, match=rf"train/000002\.tar: {told}"):
+        fit("ClassificationShardsDataModule", root, *CLASSIFIER)
+    data = ClassificationShardsDataModule(str(root), **SMALL)
+    with pytest.raises(ValueError, match=r"train/000002\.tar: is (missing|damaged \(has)"):
+        data.dataset("train")[12]
+
+
+def replace(path, content):
+    path.unlink()  # it is a link
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(("change", "told"), [
+    ("[", "is no index of shards"),
+    ({"shards": 3}, "is no index of shards"),
+    ({"version": 2}, "it is of version 2, but 1 is read; install a newer release"),
+    ({"shards": []}, "needs shards"),
+    ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar of its own"),
+    ({"shards": [{"name": "a::file.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar"),
+    ({"shards": [{"name": "a.tar", "samples": 1, "bytes": 1}] * 2}, "needs shards, each with NAME.tar of its own"),
+    ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 1}]}, "bytes and samples above 0"),
+    ({"shards": [{"name": "a.tar", "samples": 1e400, "bytes": 1}]}, "bytes and samples above 0"),
+    ({"classes": "abc"}, "classes are abc, but a list of names is needed"),
+    ({"classes": ["a"]}, "has other classes than"),
+    ({"annotation": "boxes"}, "has boxes, but class are wanted"),
+])  # fmt: skip
+def test_an_index_that_is_none_is_told(change, told, shards, tmp_path):
+    root = copy(shards, tmp_path)
+    file = root / "train/index.json"
+    content = change if isinstance(change, str) else json.dumps({**json.loads(file.read_text()), **change})
+    replace(file, content.encode())
+    with pytest.raises(ValueError, match=told):
+        ClassificationShardsDataModule(str(root))
+
+
+def test_what_is_damaged_within_is_told(shards, tmp_path):
+    root = copy(shards, tmp_path)
+    path = root / "val/000000.tar"
+    content = path.read_bytes()
+    replace(path, content.replace(b'"label": 0', b'"label": 7'))
+    data = ClassificationShardsDataModule(str(root), **SMALL)
+    with pytest.raises(
+        ValueError, match=r"val/000000\.tar: image 0 is damaged \(.*its classes are \[7\], but there are 3"
+    ):
+        data.dataset("val")[0]
+    replace(path, bytes(len(content)))
+    with pytest.raises(ValueError, match=r"val/000000\.tar: is damaged \(.*\); write or copy it again"):
+        ClassificationShardsDataModule(str(root), **SMALL).dataset("val")[0]
+    replace(path, content.replace(b"\x89PNG", b"\x89PNX", 1))
+    with pytest.raises(ValueError, match="1 fault"):
+        main(["check", "--data=ClassificationShardsDataModule", f"--data.root={root}", "--data.num_workers=0",
+              "--decode=true"])  # fmt: skip
+
+
+def test_data_without_files_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="ShapesDataModule can't be written as shards"):
+        main(["shard", "--data=ShapesDataModule", f"--out={tmp_path / 'out'}"])
+    for options, told in (({"window": 0}, "window is 0"), ({"cache_gb": 0}, "cache_gb 0")):
+        with pytest.raises(ValueError, match=told):
+            ClassificationShardsDataModule(str(tmp_path), **options)
+
+
+def test_two_do_not_write_to_one_folder(folder, tmp_path):
+    lock = lock_folder(tmp_path / "out")
+    with pytest.raises(ValueError, match="out: another process is writing to it; wait for it, or name another folder"):
+        write(tmp_path / "out", f"--data.root={folder}")
+    lock.release()
+    write(tmp_path / "out", f"--data.root={folder}")
+    assert not (tmp_path / "out/.lock").exists()
+
+
+def test_a_shard_that_makes_room_before_it_is_open_is_fetched_again(server, tmp_path, monkeypatch):
+    data = ClassificationShardsDataModule(server[0], **SMALL, cache=str(tmp_path))
+    shards, fetch = data.shards["val"], Shards.fetch
+
+    def fetch_and_lose(self, shard):
+        path = fetch(self, shard)
+        if server[1]["/val/000000.tar"] < 2:
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(Shards, "fetch", fetch_and_lose)
+    assert shards.read(0, "label")[1][0] in range(3)
+    assert server[1]["/val/000000.tar"] == 2
+
+
+def test_what_was_lost_or_changed_since_is_noticed(folder, shards, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(folder, source)
+    write(out, f"--data.root={source}")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "train/000001.tar").unlink()
+    (out / "val/000000.tar").write_bytes(b"cut off")
+    write(out, f"--data.root={source}")
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    Image.new("RGB", (9, 9)).save(source / "val/a/0.png")
+    with pytest.raises(ValueError, match=r"out/val: holds shards of other data, of images that have changed since"):
+        write(out, f"--data.root={source}")
+    (out / "train/index.json").write_text("")
+    with pytest.raises(ValueError, match=r"train/index\.json: can't be read; remove this folder, or name a new one"):
+        write(out, f"--data.root={source}")
+
+
+def test_places_that_shards_are_not_written_to(folder, shards):
+    with pytest.raises(ValueError, match="out is s3://bucket/a, but shards are written to a folder"):
+        main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", "--out=s3://bucket/a"])
+    for place in (folder, folder / "train", folder / "train/a/shards"):
+        with pytest.raises(ValueError, match=r"holds images of the data, such as in .*; name another folder"):
+            write(place, f"--data.root={folder}")
+    with pytest.raises(ValueError, match="ClassificationShardsDataModule can't be written as shards"):
+        main(["shard", "--data=ClassificationShardsDataModule", f"--data.root={shards}", f"--out={shards}2"])
+
+
+def test_images_are_known_whatever_their_names_end_in(tmp_path):
+    options = coco(tmp_path / "coco")
+    images = tmp_path / "coco/images"
+    content = (tmp_path / "coco/all.json").read_text()
+    for i, name in enumerate(("p.json", "q.cls", "no_suffix", "r.s.PNG")):
+        (images / f"{i}.png").rename(images / name)
+        content = content.replace(f'"{i}.png"', f'"{name}"')
+    (tmp_path / "coco/all.json").write_text(content)
+    words = [f"--data.{name}={value}" for name, value in options.items()]
+    out = write(tmp_path / "out", *words, "--data.annotation=masks", data="CocoDataModule")
+    here = DetectionShardsDataModule(str(out), annotation="masks", num_workers=0).dataset("val")
+    there = CocoDataModule(**options, annotation="masks", num_workers=0).dataset("val")
+    for index in range(6):
+        torch.testing.assert_close(here[index], there[index], rtol=0, atol=0)
+
+
+GOOD = {"name": "a.png", "image_id": 1, "boxes": [[1, 2, 3, 4]], "labels": [0], "size": [50, 40], "crowd": [],
+        "segments": [[[1, 2, 3, 2, 3, 4]]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", [
+    {"boxes": None}, {"boxes": [[1, 2, 3]]}, {"boxes": [[1, 2, 3, 1e400]]}, {"boxes": "text"}, {"boxes": []},
+    {"labels": [0.5]}, {"labels": [3]}, {"labels": [True]}, {"labels": 0}, {"crowd": [0, 0]}, {"image_id": "1"},
+    {"size": 3}, {"size": [1, 10**12]}, {"size": None, "segments": [{"size": [9, 9], "counts": "x"}]}, {"name": 5},
+    {"segments": []}, {"segments": [[[1, 2]]]}, {"segments": [[[1, 2, 3, 2, 1e9, 4]]]},
+    {"segments": [{"size": [60000, 60000], "counts": [0, 3600000000]}]},
+    {"segments": [{"size": [40, 50], "counts": "~~~~~"}]},
+], ids=str)  # fmt: skip
+def test_what_a_strangers_shard_tells_is_judged(change):
+    assert fault_of_known(GOOD, 3, False) is None
+    try:
+        told = fault_of_known({**GOOD, **change}, 3, False)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:  # which `Shards.read` takes as well
+        told = str(error)
+    assert told
+
+
+def test_a_server_that_lists_nothing_finds_nothing_missing(shards, tmp_path):
+    class Blind(Quiet):
+        def list_directory(self, path):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>welcome</html>")
+
+    handler = functools.partial(Blind, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{found.server_port}"
+        data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "cache"))
+        assert data.find_faults("train") == ([], [])
+        assert data.dataset("val")[0][1] in range(3)
+        (tmp_path / "file").write_text("")
+        data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "file"))
+        with pytest.raises(ValueError, match=r"can't be made .*; name a folder by cache"):
+            data.dataset("val")[0]
+        found.shutdown()

@@ -1,0 +1,240 @@
+"""The detectors over the feature path: labels, masks, batch mates, what is logged, weights and memory."""
+
+import copy
+
+import pytest
+import torch
+from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.ops import MultiScaleRoIAlign
+
+import shunted_lit
+from shunted_lit.models.detectors import DETECTORS, build_detector, detect
+from shunted_lit.models.feature_path import FeaturePath
+from shunted_lit.tasks import DetectionTask
+
+SMALL = {"depth": 1, "mlp_ratios": 1}
+KINDS = {"faster_rcnn": FasterRCNN, "fcos": FCOS, "mask_rcnn": MaskRCNN, "retinanet": RetinaNet}
+
+
+FEW = {
+    "rpn_post_nms_top_n_train": 64,
+    "rpn_post_nms_top_n_test": 32,
+    "box_batch_size_per_image": 64,
+    "box_detections_per_img": 20,
+}  # proposals, so that heads take little time
+
+
+def small(name, **keywords):
+    torch.manual_seed(0)
+    keywords = {**(FEW if name.endswith("rcnn") else {}), **keywords}
+    features = FeaturePath("shunted_t", levels=(3, 4, 5), neck=SMALL)
+    return build_detector(name, features, 3, **{"pyramid_channels": 64, "min_size": 64, "max_size": 256, **keywords})
+
+
+def sample(height=64, width=96):
+    boxes = torch.tensor([[4.0, 6, 40, 50], [30, 30, 60, 60]])
+    masks = torch.zeros(2, height, width, dtype=torch.bool)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = True
+    return torch.rand(3, height, width), {"boxes": boxes, "labels": torch.tensor([0, 2]), "masks": masks}
+
+
+def test_the_table_is_complete():
+    assert {name: entry.kind for name, entry in DETECTORS.items()} == KINDS
+
+
+@pytest.mark.parametrize(("name", "extra"), [("faster_rcnn", 1), ("mask_rcnn", 0), ("mask_rcnn", 2)])
+def test_rcnns_learn_and_predict(name, extra):
+    detector = small(name, extra_levels=extra, box_score_thresh=0.0)
+    assert isinstance(detector, KINDS[name])
+    (image, target), other = sample(), torch.rand(3, 70, 64)
+    nothing = {"boxes": torch.empty(0, 4), "labels": torch.empty(0).long(), "masks": torch.empty(0, 70, 64)}
+    losses = detector.train()([image, other], [target, nothing])
+    sum(losses.values()).backward()
+    assert ("loss_mask" in losses) == (name == "mask_rcnn")
+    spare = {f"backbone.fpn.extra_blocks.{p}.{w}" for p in ("p6", "p7") for w in ("weight", "bias")}
+    missing = {n for n, p in detector.named_parameters() if p.grad is None}
+    assert missing <= spare, "all but what no anchor of this image lies on"
+    for result, shape in zip(detect(detector.eval(), [image, other]), [(64, 96), (70, 64)], strict=True):
+        assert len(result["boxes"])
+        assert set(result["labels"].tolist()) <= {0, 1, 2}
+        if name == "mask_rcnn":
+            assert result["masks"].shape == (len(result["boxes"]), *shape)
+            assert result["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_labels_are_torchvisions_less_one(name):
+    detector = small(name, box_score_thresh=0.0)
+    image, target = sample()
+    torch.manual_seed(1)
+    mine = detector.train()([image], [target])
+    torch.manual_seed(1)
+    theirs = GeneralizedRCNN.forward(detector, [image], [{**target, "labels": target["labels"] + 1}])
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    detector.eval()
+    (mine,), (theirs,) = detector([image]), GeneralizedRCNN.forward(detector, [image])
+    assert torch.equal(mine["labels"] + 1, theirs["labels"])
+    if name == "mask_rcnn":
+        assert torch.equal(mine["masks"], theirs["masks"][:, 0] >= 0.5)
+    assert target["labels"].tolist() == [0, 2], "targets are left as they were"
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_heads_over_256_channels_are_the_published_ones(name):
+    features = FeaturePath("resnet18", levels=(2, 3, 4, 5))
+    mine = build_detector(name, features, 7, extra_levels=1)
+    anchors = AnchorGenerator(((32,), (64,), (128,), (256,), (512,)), ((0.5, 1.0, 2.0),) * 5)
+    pool = MultiScaleRoIAlign(["2", "3", "4", "5"], 7, 2)
+    theirs = KINDS[name](copy.deepcopy(mine.backbone), 8, rpn_anchor_generator=anchors, box_roi_pool=pool)
+    shapes = ({key: value.shape for key, value in model.state_dict().items()} for model in (mine, theirs))
+    assert next(shapes) == next(shapes)
+    assert mine.rpn.anchor_generator.sizes == anchors.sizes
+    assert mine.roi_heads.box_roi_pool.canonical_scale == pool.canonical_scale
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+def test_predictions_do_not_depend_on_batch_mates(name):
+    thresholds = {"box_score_thresh": 0.0} if name.endswith("rcnn") else {"score_thresh": 0.0}
+    detector = small(name, **thresholds).eval()
+    images = [torch.rand(3, 64, 64), torch.rand(3, 64, 128), torch.rand(3, 128, 64)]
+    with torch.no_grad():
+        alone = [detect(detector, [image])[0] for image in images]
+        together = detect(detector, images)
+        maps = [detector.backbone(detector.transform(some)[0].tensors)["3"][0] for some in (images[:1], images)]
+    for one, among_others in zip(alone, together, strict=True):
+        assert len(one["boxes"])
+        torch.testing.assert_close(one, among_others, rtol=0, atol=1e-4)
+    leak = (maps[1][:, :8, :8] - maps[0]).norm() / maps[0].norm()
+    assert leak > 1e-3, "padded to the largest, they would depend"
+
+
+def test_images_of_a_size_share_a_batch_and_change_little():
+    detector = small("retinanet").eval()
+    images = [torch.rand(3, 64, 96) for _ in range(3)]
+    with torch.no_grad():
+        maps = detector.backbone(detector.transform(images)[0].tensors)
+        for i, image in enumerate(images):
+            alone = detector.backbone(detector.transform([image])[0].tensors)
+            for level, x in alone.items():
+                torch.testing.assert_close(maps[level][i : i + 1], x, rtol=0, atol=1e-4)
+    sizes = []
+    detector.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    with torch.no_grad():
+        detect(detector, [images[0], torch.rand(3, 32, 32), *images[1:]])
+    assert sizes == [3, 1]
+
+
+@pytest.mark.parametrize("name", sorted(DETECTORS))
+@pytest.mark.parametrize("size", [(3, 700), (700, 2), (1, 1)])
+def test_the_narrowest_images_give_boxes_within_them(name, size):
+    thresholds = {"box_score_thresh": 0.0} if name.endswith("rcnn") else {"score_thresh": 0.0}
+    detector = small(name, **thresholds).eval()
+    detector.transform.min_size, detector.transform.max_size = (64,), 128
+    with torch.no_grad():
+        (result,) = detect(detector, [torch.rand(3, *size)])
+    assert (result["boxes"] >= 0).all()
+    assert (result["boxes"] <= torch.tensor([size[1], size[0]] * 2)).all()
+    assert len(result["boxes"]) == len(result["labels"]) == len(result["scores"])
+    assert result.get("masks", torch.zeros(0, *size)).shape[-2:] == size
+
+
+class Logged(DetectionTask):
+    """Predicts what it is told to, and keeps what it would log."""
+
+    def __init__(self, answers, **keywords):
+        super().__init__(num_classes=3, backbone="shunted_t", pyramid_channels=16, **keywords)
+        self.answers, self.logged = answers, {}
+
+    def forward(self, images):
+        return self.answers
+
+    def log(self, name, value, **_):
+        self.logged[name] = float(value)
+
+
+@pytest.mark.parametrize("shift", [0, 24])
+def test_boxes_and_masks_are_scored_apart(shift):
+    _, target = sample()
+    target = {**target, "iscrowd": torch.zeros(2).long()}
+    answer = {**target, "scores": torch.ones(2), "masks": target["masks"].roll(shift, -1)}
+    task = Logged([answer], detector="mask_rcnn")
+    task.validation_step(([torch.rand(3, 64, 96)], [target]), 0)
+    task.on_validation_epoch_end()
+    assert task.logged["val/map"] == task.logged["val/map_50"] == pytest.approx(1)
+    assert task.logged["val/mask_map_50"] == pytest.approx(0 if shift else 1)
+    names = {f"val/{kind}{name}" for kind in ("", "mask_") for name in DetectionTask.MEASURES}
+    assert set(task.logged) == names
+
+
+def test_masks_are_needed_where_they_are_learnt():
+    image, target = sample()
+    del target["masks"]
+    with pytest.raises(ValueError, match="mask_rcnn learns from masks, but the data give boxes alone"):
+        small("mask_rcnn").train()([image], [target])
+
+
+# --- the feature path: checkpointing and weights
+
+
+@pytest.mark.parametrize("backbone", ["shunted_t", "resnet18", "convnext_atto", "pvt_v2_b0"])
+def test_checkpointing_changes_no_gradient(backbone):
+    grads, kept = [], []
+    x = torch.rand(2, 3, 64, 64)
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        path = FeaturePath(backbone, levels=(3, 4, 5), neck=SMALL, grad_checkpointing=checkpointing).train()
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            loss = sum(feature.square().mean() for feature in path(x).values())
+        loss.backward()
+        kept.append(sum(sizes))
+        grads.append({name: p.grad for name, p in path.named_parameters()})
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-5)
+    assert kept[1] < 0.7 * kept[0], "less is kept for the backward pass"
+
+
+def test_backbones_start_from_files(tmp_path):
+    source = shunted_lit.shunted_t(num_classes=5)
+    torch.save(
+        {"state_dict": {f"model.{name}": value for name, value in source.state_dict().items()}}, tmp_path / "run.ckpt"
+    )
+    path = FeaturePath("shunted_t", levels=(2, 3, 4, 5), weights=str(tmp_path / "run.ckpt")).eval()
+    source.eval()
+    x = torch.rand(1, 3, 64, 64)
+    expected = source.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(list(path(x).values()), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"run.ckpt: weights do not fit shunted_s: .*would fit shunted_t"):
+        FeaturePath("shunted_s", weights=str(tmp_path / "run.ckpt"))
+    with pytest.raises(ValueError, match="weights do not fit resnet18"):
+        FeaturePath("resnet18", weights=str(tmp_path / "run.ckpt"))
+    with pytest.raises(ValueError, match=r"none.pth: no such file"):
+        FeaturePath("shunted_t", weights=str(tmp_path / "none.pth"))
+    with pytest.raises(ValueError, match="pretrained is true and weights is"):
+        FeaturePath("shunted_t", pretrained=True, weights=str(tmp_path / "run.ckpt"))
+
+
+def test_the_classifiers_of_timm_give_their_backbones(tmp_path):
+    import timm
+
+    source = timm.create_model("resnet18", num_classes=4).eval()
+    torch.save(source.state_dict(), tmp_path / "resnet.pth")
+    path = FeaturePath("resnet18", weights=str(tmp_path / "resnet.pth")).eval()
+    x = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(path(x)["5"], source.forward_features(x))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"schedule": "linear"}, "schedule is 'linear'; choose one of constant, cosine, poly"),
+        ({"milestones": [8, 3]}, r"milestones are \[8, 3\], but rising"),
+        ({"power": 0}, "power is 0"),
+        ({"detector": "mask"}, "detector is 'mask'; choose one of faster_rcnn"),
+    ],
+)
+def test_wrong_tasks_are_told(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        DetectionTask(num_classes=2, **keywords)
