@@ -12,7 +12,7 @@ SETTINGS = tempfile.TemporaryDirectory()
 os.environ.update(YOLO_CONFIG_DIR=SETTINGS.name, YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
 
 matplotlib.use("agg")
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # else workers wait for each other's threads
 
 
 @pytest.fixture(autouse=True)
