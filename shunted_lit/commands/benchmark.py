@@ -29,7 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shunted_lit.export.formats import FORMATS, Exportable, check_runtime
 from shunted_lit.models.feature_path import check_model_name, check_neck_keywords
-from shunted_lit.models.shunted import ShuntedHeads, ShuntedTransformer, pad_to_multiple
+from shunted_lit.models.ops import pad_to_multiple
+from shunted_lit.models.shunted import ShuntedHeads, ShuntedTransformer
 from shunted_lit.utils.files import check_new_folder
 
 log = logging.getLogger(__name__)

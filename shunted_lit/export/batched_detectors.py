@@ -15,7 +15,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import nms, roi_align
 
-from shunted_lit.models.shunted import pad_to_multiple
+from shunted_lit.models.ops import pad_to_multiple
 
 
 class Normalized(nn.Module):

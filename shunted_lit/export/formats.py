@@ -21,7 +21,8 @@ from torch.export import Dim, ExportedProgram
 from shunted_lit.data.classification import eval_transform_options
 from shunted_lit.data.shapes import ShapesDataset
 from shunted_lit.export.batched_detectors import Normalized, batched, with_free_bins
-from shunted_lit.models.shunted import VARIANTS, ShuntedTransformer
+from shunted_lit.models.shunted import ShuntedTransformer
+from shunted_lit.models.timm_registry import VARIANTS
 from shunted_lit.models.weights import from_reference_names, infer_neck_keywords, read_checkpoint
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.utils.files import check_new_folder
@@ -65,7 +66,7 @@ def neck_parts(neck: ShuntedTransformer) -> Exportable:
         weights = {name: value.contiguous() for name, value in neck.state_dict().items()}
         heads = {"num_heads": attention.num_heads, "qk_scale": attention.groups[0].scale}
         out.mkdir(parents=True, exist_ok=True)
-        known = {**infer_neck_keywords(weights), **heads, **neck.parts, "ratios": ratios}
+        known = {**infer_neck_keywords(weights), **heads, **neck.variants, "ratios": ratios}
         save_file(weights, out / "model.safetensors", {"neck": json.dumps(known)})
 
     attention: Any = cast(Any, neck.block[0]).attn

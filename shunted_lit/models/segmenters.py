@@ -14,7 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from shunted_lit.models.feature_path import FeaturePath
-from shunted_lit.models.shunted import pad_to_multiple
+from shunted_lit.models.ops import pad_to_multiple
 
 LEVELS = (2, 3, 4, 5)  # that the decoders are built over
 STRIDE = 32  # of the last level; the decoders double it up again

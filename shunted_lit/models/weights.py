@@ -1,4 +1,4 @@
-"""Weights on disk and in dictionaries: the authors' names, what a file holds, and whether it fits."""
+"""Initial weights, reading and checking of files, and the reference implementation's parameter names."""
 
 import json
 import logging
@@ -12,45 +12,60 @@ from typing import Any
 import safetensors
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 log = logging.getLogger(__name__)
 
 
+def init_weights(module: nn.Module) -> None:
+    """Initialize as the reference does: truncated normal (Linear), normal by fan-out (Conv2d), norms at 1 and 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=(2.0 / fan_out) ** 0.5)
+    elif callable(reset := getattr(module, "reset_parameters", None)):
+        reset()
+        return
+    if isinstance(bias := getattr(module, "bias", None), Tensor):
+        nn.init.zeros_(bias)
+
+
 def read_checkpoint(path: str | PathLike) -> dict[str, Any]:
-    """Content of a checkpoint or a .safetensors file, on the CPU. Code in a file is never run (`weights_only`).
+    """Read a checkpoint or a .safetensors file to the CPU. Code in a file is never run (`weights_only`).
 
     Raises:
-        ValueError: a file that is not there, can't be read, or holds nothing by name.
+        ValueError: the file is missing, cannot be read, or holds nothing by name.
     """
-    packed = False
+    compressed = False
     try:
         if str(path).endswith(".safetensors"):
             with safetensors.safe_open(path, "pt") as file:
                 content: Any = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-                keywords = (file.metadata() or {}).get("neck")  # as `shunted-lit export` writes them
+                keywords = (file.metadata() or {}).get("neck")  # written by `shunted-lit export`
             if keywords:
                 content = {"state_dict": content, "hyper_parameters": {"neck": json.loads(keywords)}}
         else:
-            packed = is_compressed(path)
-            content = None if packed else torch.load(path, map_location="cpu", weights_only=True)
+            compressed = is_compressed(path)
+            content = None if compressed else torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise ValueError(f"{path}: no such file.") from None
     except UnpicklingError as error:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {blocked[1]}, which is more than weights" if blocked else "is no checkpoint"
-        raise ValueError(f"{path}: {what}, and is not loaded, as such files can run code") from error
-    except Exception as error:  # whatever a damaged file makes of torch's and safetensors' readers
-        told = "it is cut off" if is_truncated(path) else type(error).__name__
-        raise ValueError(f"{path}: not a readable checkpoint ({told})") from error
-    if packed:
-        raise ValueError(f"{path}: is no checkpoint, and is not loaded, as such files may unpack to any size")
+        what = f"holds {blocked[1]}, which is more than weights" if blocked else "is not a checkpoint"
+        raise ValueError(f"{path}: {what}; it is not loaded, because such files can run code.") from error
+    except Exception as error:  # a damaged file can make torch's and safetensors' readers raise almost anything
+        reason = "it is truncated" if is_truncated(path) else type(error).__name__
+        raise ValueError(f"{path}: not a readable checkpoint ({reason}).") from error
+    if compressed:
+        raise ValueError(f"{path}: not a checkpoint; it is not loaded, because compressed files can grow to any size.")
     if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: holds no weights by name")
+        raise ValueError(f"{path}: holds no weights by name.")
     return dict(content)
 
 
 def is_truncated(path: str | PathLike) -> bool:
-    """Whether a file begins as an archive, which is what torch writes, and does not end as one."""
+    """Return whether a file begins as a zip archive, which is what torch writes, but does not end as one."""
     try:
         with open(path, "rb") as file:
             return file.read(2) == b"PK" and not zipfile.is_zipfile(path)
@@ -59,7 +74,7 @@ def is_truncated(path: str | PathLike) -> bool:
 
 
 def is_compressed(path: str | PathLike) -> bool:
-    """Whether a file is an archive with compressed parts: torch stores, and these may unpack to any size."""
+    """Return whether a file is a zip archive with compressed entries; torch writes them uncompressed."""
     if not zipfile.is_zipfile(path):
         return False
     with zipfile.ZipFile(path) as archive:
@@ -67,17 +82,17 @@ def is_compressed(path: str | PathLike) -> bool:
 
 
 def flatten(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Weights of a checkpoint by name, the averaged ones where it has them, without wrappers' prefixes."""
+    """Return the weights of a checkpoint by name, averaged ones if it has them, without the prefixes of wrappers."""
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # timm's order
         if isinstance(checkpoint.get(key), Mapping):
             return flatten(checkpoint[key])
     if not all(isinstance(name, str) for name in checkpoint):
-        raise ValueError(f"there are no weights by name, but {list(checkpoint)[:3]}")
+        raise ValueError(f"A checkpoint must hold weights by name, got the keys {list(checkpoint)[:3]}.")
     return {re.sub(r"^((module|model|_orig_mod)\.)+", "", name): value for name, value in checkpoint.items()}
 
 
 def from_reference_names(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict under the names of the authors' checkpoints, or of this package, under those of this package."""
+    """Return the weights of a checkpoint of the reference implementation, or of this package, under our names."""
 
     def rename(name: str) -> str:
         name = re.sub(r"^(patch_embed|block|norm)(\d+)\.", lambda m: f"stages.{int(m[2]) - 1}.{m[1]}.", name)
@@ -93,15 +108,15 @@ def from_reference_names(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_reference_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Hook of `load_state_dict`, so that the source's checkpoints load as they are, wherever the module sits."""
-    mine = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
-    state_dict.update({prefix + name: value for name, value in from_reference_names(mine).items()})
+    """Rename the reference's parameters in place; a hook of `load_state_dict`, wherever the module sits."""
+    own = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict.update({prefix + name: value for name, value in from_reference_names(own).items()})
 
 
 def infer_neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Keywords of `ShuntedTransformer` that can be read off a neck's weights: all but `num_heads` and `qk_scale`.
+    """Infer the keywords of `ShuntedTransformer` from a neck's weights: all but `num_heads` and `qk_scale`.
 
-    Where there is a `layer_scale`, its starting value can't: any number makes the place that the weights fill.
+    With a `layer_scale`, its starting value is unknown and 0 stands for it: the weights replace it.
     """
     cin = len(weights["patch_embed.proj.weight"])
     groups = sorted(name for name in weights if re.fullmatch(r"block\.0\.attn\.groups\.\d+\.sr\.weight", name))
@@ -115,91 +130,139 @@ def infer_neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def describe_mismatch(mine: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
-    """What of `weights` is missing, unexpected or of another shape than in `mine`: how many, and the first three."""
+def describe_mismatch(expected: Mapping[str, Tensor], weights: Mapping[str, Any]) -> str:
+    """Describe how `weights` differ from `expected` in names and shapes: counts and the first three; "" if they fit."""
     given = {name: getattr(value, "shape", None) for name, value in weights.items()}
-    faults = {
+    mismatches = {
         # torch itself adds the counts that old checkpoints lack.
-        "missing": [name for name in mine.keys() - given.keys() if not name.endswith("num_batches_tracked")],
-        "unexpected": list(given.keys() - mine.keys()),
+        "missing": [name for name in expected.keys() - given.keys() if not name.endswith("num_batches_tracked")],
+        "unexpected": list(given.keys() - expected.keys()),
         "of another shape": [
-            f"{name} {list(given[name] or ())}, but {list(mine[name].shape)} is needed"
-            for name in mine.keys() & given.keys()
-            if mine[name].shape != given[name]
+            f"{name} {list(given[name] or ())}, but {list(expected[name].shape)} is needed"
+            for name in expected.keys() & given.keys()
+            if expected[name].shape != given[name]
         ],
     }
-    told = []
-    for fault, names in faults.items():
-        if names:
-            first = "; ".join(sorted(names)[:3])
-            told.append(f"{len(names)} {fault} ({first}{'; ...' if len(names) > 3 else ''})")
-    return ", ".join(told)
+    return ", ".join(
+        f"{len(names)} {kind} ({'; '.join(sorted(names)[:3])}{'; ...' if len(names) > 3 else ''})"
+        for kind, names in mismatches.items()
+        if names
+    )
+
+
+def select(weights: Mapping[str, Any], modules: Sequence[str], inside: bool = True) -> dict[str, Any]:
+    """Return the weights of the named modules, or where not `inside`, all others."""
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name: value for name, value in weights.items() if name.startswith(prefixes) is inside}
 
 
 def load_matching_weights(
-    model: nn.Module, weights: Mapping[str, Any], source: str, heads: Sequence[str], optional: Sequence[str] = ()
+    model: nn.Module,
+    weights: Mapping[str, Any],
+    source: str,
+    *,
+    classifiers: Sequence[str],
+    optional: Sequence[str] = (),
 ) -> None:
-    """Loads `weights`, and tells how many; parts of the model that may start anew do so where they have to.
+    """Load `weights` into a model, log how many, and leave the named modules untrained where the weights do not fit.
 
     Args:
-        model: what starts from them.
-        weights: by the names of the model.
-        source: the file, for messages.
-        heads: names of layers that are of a number of classes: all of them start anew where one has another shape.
-        optional: names of parts that start anew where the file has nothing of them.
+        model: the model to load into.
+        weights: weights under the model's names.
+        source: name of the file, for messages.
+        classifiers: layers that depend on the number of classes; if one does not fit, none is loaded.
+        optional: modules that stay untrained where the file has no weights for them.
 
     Raises:
-        ValueError: what is of no such part and does not fit.
+        ValueError: other weights that do not fit.
     """
-    mine = model.state_dict()
-
-    def of(some: Mapping[str, Any], parts: Sequence[str], inside: bool = True) -> dict[str, Any]:
-        prefixes = tuple(f"{part}." for part in parts)
-        return {name: value for name, value in some.items() if name.startswith(prefixes) is inside}
-
-    left_out = [part for part in optional if of(mine, [part]) and not of(weights, [part])]
-    told_anew = list(left_out)
-    heads = [head for head in heads if not head.startswith(tuple(f"{part}." for part in left_out))]
-    if describe_mismatch(of(mine, heads), of(weights, heads)):
-        left_out += heads
-        told_anew += ["the head, as the file has " + ("one of other classes" if of(weights, heads) else "none")]
-    wanted, given = (of(some, left_out, inside=False) for some in (mine, weights))
-    if told := describe_mismatch(wanted, given):
+    own = model.state_dict()
+    untrained = [module for module in optional if select(own, [module]) and not select(weights, [module])]
+    reasons = list(untrained)
+    classifiers = [layer for layer in classifiers if not layer.startswith(tuple(f"{name}." for name in untrained))]
+    if describe_mismatch(select(own, classifiers), select(weights, classifiers)):
+        untrained += classifiers
+        reasons.append(f"the head (the file has {'other classes' if select(weights, classifiers) else 'none'})")
+    expected, given = (select(some, untrained, inside=False) for some in (own, weights))
+    if mismatch := describe_mismatch(expected, given):
         advice = model.weights_advice(given) if isinstance(model, ReferenceWeightsMixin) else ""
-        raise ValueError(f"{source}: weights do not fit: {told}. {advice}".rstrip())
+        raise ValueError(f"{source}: weights do not fit: {mismatch}. {advice}".rstrip())
     model.load_state_dict(given, strict=False)
-    rest = f"; anew: {', '.join(told_anew)}" if told_anew else ""
-    log.info("%s: %d of the model's %d tensors start from it%s", source, len(wanted), len(mine), rest)
+    rest = f"; not loaded: {', '.join(reasons)}" if reasons else ""
+    log.info("%s: loaded %d of the model's %d tensors%s", source, len(expected), len(own), rest)
 
 
 class ReferenceWeightsMixin(nn.Module):
-    """What neck and backbone share: the authors' checkpoints load by `load_state_dict` as they are."""
+    """Let the reference implementation's checkpoints load by `load_state_dict` as they are."""
 
     def __init__(self, *args: Any, **keywords: Any):
         super().__init__(*args, **keywords)
         self.register_load_state_dict_pre_hook(load_reference_names)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, under the authors' names as well; flat, or under "model" or "state_dict".
+        """Load weights as torch does, also under the reference's names; flat, or under "model" or "state_dict".
 
         Raises:
-            ValueError: where `strict`, weights that do not fit; says which, and what they would fit.
+            ValueError: if `strict`, weights that do not fit, with the model that they would fit.
         """
         if strict:
             self.check_weights(from_reference_names(state_dict))
         return super().load_state_dict(state_dict, strict, assign)
 
-    def check_weights(self, weights: Mapping[str, Any], mine: Mapping[str, Tensor] | None = None) -> None:
-        """Raises ValueError where names (this package's) or shapes are not this module's, or not those of `mine`."""
-        if told := describe_mismatch(self.state_dict() if mine is None else mine, weights):
+    def check_weights(self, weights: Mapping[str, Any], expected: Mapping[str, Tensor] | None = None) -> None:
+        """Raise ValueError where names (ours) or shapes differ from this module's, or from `expected`."""
+        if mismatch := describe_mismatch(self.state_dict() if expected is None else expected, weights):
             advice = self.weights_advice(weights)
-            raise ValueError(f"weights do not fit this {type(self).__name__}: {told}. {advice}")
+            raise ValueError(f"weights do not fit this {type(self).__name__}: {mismatch}. {advice}")
 
     def weights_advice(self, weights: Mapping[str, Any]) -> str:
-        """What these weights would fit."""
+        """Return a sentence on the model that `weights` would fit."""
         raise NotImplementedError
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay should leave alone: norms and biases, all of one dimension."""
+        """Return the names of the parameters without weight decay: norms and biases, all of one dimension."""
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+
+
+class NeckWeights(ReferenceWeightsMixin):
+    """Read a neck's weights from checkpoints of detectors."""
+
+    @classmethod
+    def from_checkpoint(cls, path: str | PathLike, level: int | None = None, **keywords: Any) -> Self:
+        """Load a trained neck from a checkpoint of `shunted-lit fit` or of the reference, in eval mode.
+
+        Args:
+            path: a file that `torch.load` reads with `weights_only=True`, or .safetensors.
+            level: level of the neck (an entry of `neck_levels`), where the checkpoint has several.
+            keywords: override the constructor's keywords in the checkpoint. Bare weights, such as the reference's, do
+                not record `num_heads`, `qk_scale` and `norm_layer`: give them where they differ from the defaults.
+
+        Raises:
+            ValueError: no neck in the file, several without `level`, or weights that do not fit.
+        """
+        content = read_checkpoint(path)
+        weights = from_reference_names(content)
+        first = "patch_embed.proj.weight"
+        prefixes = {m[2]: m[1] for name in weights if (m := re.match(rf"(|.*\bnecks\.(\d+)\.){first}$", name))}
+        if not prefixes:
+            raise ValueError(f"{path}: holds no neck; none of its {len(weights)} tensors is named [...]{first}.")
+        key = None if level is None else str(level)
+        if key is None and len(prefixes) == 1:
+            (key,) = prefixes
+        if key not in prefixes:
+            raise ValueError(f"{path}: `level` must be one of {sorted(prefixes)}, the levels with a neck, got {level}.")
+        prefix = prefixes[key]
+        weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        inferred, trained = infer_neck_keywords(weights), content.get("hyper_parameters", {}).get("neck")
+        known = inferred if trained is None else {"cin": inferred["cin"], **trained}
+        neck = cls(**{**known, **keywords})
+        neck.load_state_dict(weights)
+        return neck.eval()
+
+    def weights_advice(self, weights: Mapping[str, Any]) -> str:
+        try:
+            keywords = infer_neck_keywords(weights)
+        except KeyError:
+            return "They are not those of a neck."
+        return f"They fit ShuntedTransformer({', '.join(f'{name}={value}' for name, value in keywords.items())})."

@@ -168,7 +168,7 @@ class BaseTask(LightningModule):
             ValueError: weights that do not fit, and the settings in which the runs differ.
         """
         try:
-            load_matching_weights(self, flatten(content), source, classifiers, optional)
+            load_matching_weights(self, flatten(content), source, classifiers=classifiers, optional=optional)
         except ValueError as error:
             there, here = content.get("hyper_parameters", {}), self.hparams
             build = set(here) & set(there) - set(inspect.signature(BaseTask.__init__).parameters)

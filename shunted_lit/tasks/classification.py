@@ -204,5 +204,5 @@ def build_classifier(
         raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
     model: Any = timm.create_model(name, num_classes=num_classes, **options)
     state, heads = state_dict_and_classifiers(weights, model)
-    load_matching_weights(model, state, weights, heads)
+    load_matching_weights(model, state, weights, classifiers=heads)
     return model

@@ -25,7 +25,9 @@ from shunted_lit.data.image_io import read_image
 from shunted_lit.models.ablations import HeadsEnhancedAfter, LinearAggregation
 from shunted_lit.models.detectors import pad_narrow_image
 from shunted_lit.models.feature_path import check_neck_keywords
-from shunted_lit.models.shunted import VARIANTS, PlainHeads, ShuntedHeads, ShuntedTransformer, Size, split_heads
+from shunted_lit.models.ops import Size, split_heads
+from shunted_lit.models.shunted import PlainHeads, ShuntedHeads, ShuntedTransformer
+from shunted_lit.models.timm_registry import VARIANTS
 from shunted_lit.models.weights import read_checkpoint
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.utils.files import check_new_file

@@ -16,7 +16,7 @@ from shunted_lit import ShuntedBackbone, ShuntedTransformer
 from shunted_lit.cli import main
 from shunted_lit.export.formats import export
 from shunted_lit.models import ablations
-from shunted_lit.models.shunted import AGGREGATIONS, FEED_FORWARDS, LOCAL_ENHANCEMENTS, STEMS
+from shunted_lit.models.ablations import AGGREGATIONS, FEED_FORWARDS, LOCAL_ENHANCEMENTS, STEMS
 from shunted_lit.visualization.attention import attention_maps
 
 PARTS = {"aggregation": AGGREGATIONS, "local_enhancement": LOCAL_ENHANCEMENTS, "feed_forward": FEED_FORWARDS}

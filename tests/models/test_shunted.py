@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shunted_lit import ShuntedBackbone, ShuntedSelfAttention, ShuntedTransformer
-from shunted_lit.models import shunted
-from shunted_lit.models.shunted import SR_RATIOS, DropPath, ResidualDepthwise, from_reference_names
+from shunted_lit.models import ops
+from shunted_lit.models.shunted import SR_RATIOS, DetailSpecificFeedForward
+from shunted_lit.models.weights import from_reference_names
 
 NECKS = [name for name, case in CASES.items() if case["kind"] == "neck"]
 
@@ -220,7 +221,7 @@ def test_stochastic_depth_rises_to_its_rate_and_drops_blocks():
 
 def test_backbone_spreads_stochastic_depth_over_all_blocks():
     model = timm.create_model("shunted_t", drop_path_rate=0.7)
-    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, timm.layers.DropPath)]
     assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
 
 
@@ -366,12 +367,14 @@ def test_from_checkpoint_without_a_neck(tmp_path):
 # --- fast paths change nothing
 
 
-def test_the_residual_in_the_kernel_is_the_sum():
-    layer = ResidualDepthwise(6, dtype=torch.float64)
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_residual_depthwise_gelu_equals_its_formula(mode):
     x = torch.randn(2, 5, 7, 6, dtype=torch.float64)
-    detail = plain.depthwise(x, layer.weight, layer.bias)
-    found = layer(x.flatten(1, 2), (5, 7)).unflatten(1, (5, 7))
-    torch.testing.assert_close(found, x + detail)
+    weight, bias = torch.randn(6, 1, 3, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    expected = plain.gelu(x + plain.depthwise(x, weight, bias))
+    with mode():
+        result = ops.residual_depthwise_gelu(x.flatten(1, 2), (5, 7), weight, bias)
+    torch.testing.assert_close(result.unflatten(1, (5, 7)), expected)
 
 
 @given(
@@ -382,7 +385,7 @@ def test_the_residual_in_the_kernel_is_the_sum():
 def test_inference_mode_gives_what_other_modes_give(batch, height, width, dtype, mixed):
     """In it, convolution and GELU are one operator of oneDNN; with oneDNN switched off, they are torch's own two."""
     torch.manual_seed(0)
-    layer = shunted.DetailSpecificFeedForward(16, 32, dtype=dtype).eval()
+    layer = DetailSpecificFeedForward(16, 32, dtype=dtype).eval()
     x = torch.randn(batch, height * width, 16, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed and dtype == torch.float32):
         with torch.inference_mode():
@@ -417,7 +420,7 @@ def test_what_is_computed_again_gives_the_same_gradients(monkeypatch, dropout):
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     gradients, kept = [], []
     for wide in (10**9, 0):
-        monkeypatch.setattr(shunted, "WIDE", wide)
+        monkeypatch.setattr(ops, "WIDE", wide)
         model.zero_grad()
         torch.manual_seed(0)
         saved = []
@@ -444,7 +447,7 @@ def test_small_attention_in_bfloat16(monkeypatch, shape):
     exact = model(x)
     errors = []
     for limit in (0, 2**24):
-        monkeypatch.setattr(shunted, "SMALL_ATTENTION", limit)
+        monkeypatch.setattr(ops, "SMALL_ATTENTION", limit)
         with torch.autocast("cpu", torch.bfloat16):
             errors.append((model(x).float() - exact).norm() / exact.norm())
     assert max(errors) < 0.02
@@ -453,10 +456,10 @@ def test_small_attention_in_bfloat16(monkeypatch, shape):
 
 @pytest.mark.parametrize("limit", [0, 2**24])
 def test_dropout_of_attention_in_bfloat16_keeps_the_mean(monkeypatch, limit):
-    monkeypatch.setattr(shunted, "SMALL_ATTENTION", limit)
+    monkeypatch.setattr(ops, "SMALL_ATTENTION", limit)
     q, k = (torch.zeros(1, 1, n, 4, dtype=torch.bfloat16) for n in (200, 300))
     v = torch.ones(1, 1, 300, 4, dtype=torch.bfloat16)
-    out = shunted.attention(q, k, v, 1.0, 0.5).float()
+    out = ops.attention(q, k, v, 1.0, 0.5).float()
     assert out.std() > 0.01
     assert out.mean().item() == pytest.approx(1, abs=0.02)
 

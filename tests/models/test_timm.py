@@ -29,7 +29,7 @@ import shunted_lit  # registers the models, before timm's tests are collected
 from timm.models import _registry
 
 # Some of timm's tests are for families by name: ours are as PVT v2 is, which takes them all.
-_registry._module_to_models["pvt_v2"].update(_registry._module_to_models["shunted"])
+_registry._module_to_models["pvt_v2"].update(_registry._module_to_models["timm_registry"])
 """
 
 
