@@ -1,11 +1,9 @@
-"""The feature path: an image in, maps of any timm backbone out, with the neck on the levels that ask for it.
+"""The feature path: maps of any timm backbone, with the neck on the levels that ask for it.
 
-A level is named by its stride: level l has stride 2 ** l, so 3, 4, 5 are the C3, C4, C5 of the detection literature.
+A level is named by its stride: level l has stride 2 ** l, so levels 3, 4, 5 are C3, C4, C5 of the detection literature.
 """
 
 import difflib
-import functools
-import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,102 +11,84 @@ from typing import Any
 
 import timm
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from timm.layers import Format, nhwc_to
 from torch import Tensor, nn
 
 from shunted_lit.models.shunted import ShuntedBackbone, ShuntedTransformer
-from shunted_lit.models.weights import describe_mismatch, flatten, from_reference_names, read_checkpoint
+from shunted_lit.models.weights import describe_mismatch, flatten, from_reference_names, read_checkpoint, select
+from shunted_lit.utils.checks import check_keywords
 
 log = logging.getLogger(__name__)
 
 
 def check_model_name(name: str) -> None:
-    """Raises ValueError, with close names, where timm has no such model; "local-dir:..." and the like are timm's."""
+    """Raise ValueError, with close names, where timm has no such model. timm checks names such as "local-dir:..."."""
     if ":" not in name and not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
-        raise ValueError(f"timm has no model {name!r}; close names: {', '.join(close) or 'none'}")
+        raise ValueError(f"`backbone` must be a timm model, got {name!r}; close names: {', '.join(close) or 'none'}.")
 
 
-def state_dict_and_classifiers(path: str, model: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Weights of a file under the names of a timm model, and the names of the model's classifiers."""
+def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError where the neck has no such keyword, or one of another type."""
+    check_keywords("the neck", keywords, ShuntedTransformer)
+
+
+def state_dict_and_classifiers(path: str, model: Any) -> tuple[dict[str, Any], list[str]]:
+    """Read a classifier's weights under the names of a timm model; also return the names of the model's classifiers.
+
+    Raises:
+        ValueError: a file that cannot be read, or a checkpoint of another task.
+    """
     content = read_checkpoint(path)
     if (task := content.get("task", "ClassificationTask")) != "ClassificationTask":
         raise ValueError(
-            f"{path} is of {task}, from which the same task can start, but no other; a backbone starts from a "
-            "classifier's weights, or the authors' or timm's"
+            f"{path}: a checkpoint of {task} can only start a {task}; a backbone needs the weights of a classifier, of "
+            "timm or of the reference implementation."
         )
     state = from_reference_names(content) if isinstance(model, ShuntedBackbone) else flatten(content)
-    heads = model.pretrained_cfg.get("classifier") or ()
-    return state, (heads,) if isinstance(heads, str) else tuple(heads)
+    classifiers = model.pretrained_cfg.get("classifier") or ()
+    return state, [classifiers] if isinstance(classifiers, str) else list(classifiers)
 
 
 def read_backbone_weights(path: str, backbone: str, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights of a file under the names of timm's `backbone`, without a classifier's head.
+    """Read weights of a file under the names of timm's `backbone`, without a classifier.
 
     Raises:
-        ValueError: a file that can't be read, or whose weights do not fit.
+        ValueError: a file that cannot be read, or weights that do not fit.
     """
     with torch.device("meta"):
         model: Any = timm.create_model(backbone, **options)
-    state, classifiers = state_dict_and_classifiers(path, model)
-    heads = tuple(f"{head}." for head in classifiers)
-    mine, state = (
-        {name: value for name, value in some.items() if not name.startswith(heads)}
-        for some in (model.state_dict(), state)
-    )
-    if told := describe_mismatch(mine, state):
-        advice = model.weights_advice(state) if isinstance(model, ShuntedBackbone) else ""
-        raise ValueError(f"{path}: weights do not fit {backbone}: {told}. {advice}".rstrip())
-    log.info("%s: all %d tensors of the backbone start from it", path, len(mine))
-    return state
+    weights, classifiers = state_dict_and_classifiers(path, model)
+    expected, weights = (select(some, classifiers, inside=False) for some in (model.state_dict(), weights))
+    if mismatch := describe_mismatch(expected, weights):
+        advice = model.weights_advice(weights) if isinstance(model, ShuntedBackbone) else ""
+        raise ValueError(f"{path}: weights do not fit {backbone}: {mismatch}. {advice}".rstrip())
+    log.info("%s: loaded all %d tensors of the backbone", path, len(expected))
+    return weights
 
 
 def group_by_size(images: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of the images (C, H, W), those of equal height and width together."""
+    """Return groups of indices of the images (C, H, W) that share height and width."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for i, image in enumerate(images):
         groups.setdefault(tuple(image.shape[-2:]), []).append(i)
     return list(groups.values())
 
 
-def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raises ValueError where the neck has no such keyword, or one of another type."""
-    known = inspect.signature(ShuntedTransformer).parameters
-    if unknown := sorted(set(keywords) - set(known)):
-        raise ValueError(f"the neck has no keyword {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    for name, value in keywords.items():
-        try:
-            neck_parser().parse_object({name: value}, defaults=False)
-            fits = name != "norm_layer" or callable(value)  # the parser also takes names of classes
-        except ArgumentError:
-            fits = False
-        if not fits:
-            kind = inspect.formatannotation(known[name].annotation).replace("collections.abc.", "")
-            raise ValueError(f"the neck's {name} is {value!r}, but {kind} is needed")
-
-
-@functools.cache
-def neck_parser() -> ArgumentParser:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ShuntedTransformer, fail_untyped=False)
-    return parser
-
-
 class FeaturePath(nn.Module):
-    """Backbone, then a neck of its own on each of `neck_levels`.
+    """A timm backbone and a neck on each of `neck_levels`.
 
     Args:
-        backbone: name of a timm model, shunted_t, shunted_s and shunted_b among them.
-        pretrained: passed on to timm, which fetches the backbone's published weights.
-        levels: which maps to return, fine to coarse.
-        neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is the level's.
+        backbone: name of a timm model, such as shunted_t, shunted_s and shunted_b.
+        pretrained: let timm download the backbone's published weights.
+        levels: levels of the maps to return.
+        neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is that of the level.
         neck_levels: those of `levels` that get a neck.
-        freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm as it was trained).
-        backbone_options: further keywords for `timm.create_model`, such as {"img_size": 256} for a ViT.
-        weights: start the backbone from a file instead: a checkpoint of the authors', of timm or of
-            `shunted-lit fit` on classes, or .safetensors. A classifier's head is left out.
-        grad_checkpointing: compute backbone and necks again in the backward pass: less memory, more time.
+        freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm statistics stay).
+        backbone_options: further keywords of `timm.create_model`, such as {"img_size": 256} for a ViT.
+        weights: file of weights to start the backbone from: a checkpoint of the reference implementation, of timm or
+            of `shunted-lit fit` for classification, or .safetensors. A classifier in it is ignored.
+        grad_checkpointing: recompute backbone and necks in the backward pass: less memory, more time.
 
     Shape:
         (B, 3, H, W) -> {str(level): (B, channels[level], ceil(H / 2 ** level), ceil(W / 2 ** level))}
@@ -121,6 +101,7 @@ class FeaturePath(nn.Module):
     def __init__(
         self,
         backbone: str = "resnet18",
+        *,
         pretrained: bool = False,
         levels: Sequence[int] = (3, 4, 5),
         neck: Mapping[str, Any] | None = None,
@@ -134,68 +115,39 @@ class FeaturePath(nn.Module):
         options = dict(backbone_options or {})
         self.levels = tuple(sorted(levels))
         if not levels or len(set(levels)) != len(levels):
-            raise ValueError(f"levels are {list(levels)}; name at least one, and none twice")
+            raise ValueError(f"`levels` must name at least one level, and none twice, got {list(levels)}.")
         if neck is not None and not neck_levels:
-            raise ValueError("there is a neck, but neck_levels is empty; name a level, or set neck to null")
-        indices = self._feature_indices(backbone, options, self.levels)
+            raise ValueError("`neck_levels` must name a level where there is a neck; name one, or set `neck` to null.")
+        indices = find_map_indices(backbone, options, self.levels)
+        source: dict[str, Any] = {"pretrained": pretrained}
         if weights is not None:
             if pretrained:
-                raise ValueError(f"pretrained is true and weights is {weights}: training can start from one of them")
-            pretrained = True
-            overlay: dict[str, Any] = {
-                "state_dict": read_backbone_weights(weights, backbone, options),
-                "num_classes": 0,
-            }
-        source: dict[str, Any] = {} if weights is None else {"pretrained_cfg_overlay": overlay}
-        backbone_model: Any = timm.create_model(
-            backbone, pretrained=pretrained, features_only=True, out_indices=indices, **source, **options
-        )
-        self.channels: dict[int, int] = dict(zip(self.levels, backbone_model.feature_info.channels(), strict=True))
-        self.backbone = backbone_model
+                raise ValueError(f"Give either `pretrained` or `weights`, got pretrained=True and weights={weights!r}.")
+            state = read_backbone_weights(weights, backbone, options)
+            source = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
+        model: Any = timm.create_model(backbone, features_only=True, out_indices=indices, **source, **options)
+        self.channels: dict[int, int] = dict(zip(self.levels, model.feature_info.channels(), strict=True))
+        self.backbone = model
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             self.backbone.requires_grad_(False).eval()
         self.necks = nn.ModuleDict()
         for level in neck_levels if neck is not None else ():
             if level not in self.channels:
-                raise ValueError(f"neck_levels names level {level}, but levels are {list(self.levels)}; add it there")
-            self.necks[str(level)] = self._neck(level, self.channels[level], dict(neck or {}))
+                raise ValueError(f"`neck_levels` must be among `levels` {list(self.levels)}, got level {level}.")
+            self.necks[str(level)] = build_neck(level, self.channels[level], dict(neck or {}))
         if grad_checkpointing:
             self._set_grad_checkpointing(backbone)
 
     def _set_grad_checkpointing(self, name: str) -> None:
-        # Blocks by themselves, where the model's parts know how; timm's wrapper would spare the first, widest stage.
-        parts: list[Any] = [m for m in self.modules() if hasattr(m, "grad_checkpointing") and m is not self.backbone]
-        in_backbone = [m for m in self.backbone.modules() if m in parts]
-        if not in_backbone and hasattr(self.backbone, "set_grad_checkpointing"):
+        # Set it on each module that knows how: timm's wrapper would spare the first stage, the widest.
+        modules: list[Any] = [m for m in self.modules() if hasattr(m, "grad_checkpointing") and m is not self.backbone]
+        if not any(module in modules for module in self.backbone.modules()):
+            if not hasattr(self.backbone, "set_grad_checkpointing"):
+                raise ValueError(f"timm has no activation checkpointing for {name}; set `grad_checkpointing` to false.")
             self.backbone.set_grad_checkpointing(True)
-        elif not in_backbone:
-            raise ValueError(f"timm has no checkpointing for {name}; set grad_checkpointing to false")
-        for part in parts:
-            part.grad_checkpointing = True
-
-    @staticmethod
-    def _feature_indices(backbone: str, options: dict[str, Any], levels: tuple[int, ...]) -> list[int]:
-        check_model_name(backbone)
-        with torch.device("meta"):  # costs no memory: only the strides are wanted
-            probe: Any = timm.create_model(backbone, features_only=True, **options)
-        strides = probe.feature_info.reduction()
-        index = {stride: i for i, stride in enumerate(strides)}  # the last map of a stride, where several have it
-        for level in levels:
-            if 2**level not in index:
-                raise ValueError(
-                    f"{backbone} has no level {level} (stride {2**level}): its maps have the strides {strides}"
-                )
-        return [index[2**level] for level in levels]
-
-    @staticmethod
-    def _neck(level: int, channels: int, keywords: dict[str, Any]) -> ShuntedTransformer:
-        check_neck_keywords(keywords)
-        if keywords.setdefault("cin", channels) != channels:
-            raise ValueError(
-                f"the neck's cin is {keywords['cin']}, but level {level} has {channels} channels; leave cin out"
-            )
-        return ShuntedTransformer(**keywords)
+        for module in modules:
+            module.grad_checkpointing = True
 
     def train(self, mode: bool = True) -> "FeaturePath":
         super().train(mode)
@@ -211,3 +163,24 @@ class FeaturePath(nn.Module):
         for level, neck in self.necks.items():
             features[level] = neck(features[level])
         return features
+
+
+def find_map_indices(backbone: str, options: dict[str, Any], levels: Sequence[int]) -> list[int]:
+    """Return which of the backbone's maps have the strides of `levels`; the last one, where several have it."""
+    check_model_name(backbone)
+    with torch.device("meta"):  # only the strides are needed
+        probe: Any = timm.create_model(backbone, features_only=True, **options)
+    strides = probe.feature_info.reduction()
+    index = {stride: i for i, stride in enumerate(strides)}
+    for level in levels:
+        if 2**level not in index:
+            raise ValueError(f"{backbone} has no level {level} (stride {2**level}): its maps have strides {strides}.")
+    return [index[2**level] for level in levels]
+
+
+def build_neck(level: int, channels: int, keywords: dict[str, Any]) -> ShuntedTransformer:
+    """Build the neck of a level with `channels`."""
+    check_neck_keywords(keywords)
+    if keywords.setdefault("cin", channels) != channels:
+        raise ValueError(f"The neck's `cin` must be {channels}, the channels of level {level}, got {keywords['cin']}.")
+    return ShuntedTransformer(**keywords)

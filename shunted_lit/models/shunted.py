@@ -304,7 +304,7 @@ class Stage(nn.Module):
             else:
                 x = block(x, size)
         out = ops.to_image(self.norm(x), size)
-        return out if self.layer_scale is None else image + self.layer_scale(out)
+        return out if self.layer_scale is None else self.layer_scale(out) + image  # in this order: channels_last
 
 
 class ShuntedTransformer(NeckWeights, Stage):

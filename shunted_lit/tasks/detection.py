@@ -115,8 +115,9 @@ class DetectionTask(BaseTask):
         self.save_hyperparameters(ignore=["pretrained", "weights"])
         whole = self.whole(weights, pretrained, "detector")
         features = FeaturePath(
-            backbone, pretrained, levels, neck, neck_levels, freeze_backbone, backbone_options,
-            None if whole else weights, grad_checkpointing,
+            backbone, pretrained=pretrained, levels=levels, neck=neck, neck_levels=neck_levels,
+            freeze_backbone=freeze_backbone, backbone_options=backbone_options,
+            weights=None if whole else weights, grad_checkpointing=grad_checkpointing,
         )  # fmt: skip
         self.detector = build_detector(
             detector,

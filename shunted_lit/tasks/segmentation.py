@@ -113,8 +113,9 @@ class SegmentationTask(BaseTask):
             raise ValueError(f"auxiliary_weight is {auxiliary_weight} and head_lr {head_lr}; 0 or more, and above 0")
         whole = self.whole(weights, pretrained, "segmenter")
         features = FeaturePath(
-            backbone, pretrained, LEVELS, neck, neck_levels, freeze_backbone, backbone_options,
-            None if whole else weights, grad_checkpointing,
+            backbone, pretrained=pretrained, levels=LEVELS, neck=neck, neck_levels=neck_levels,
+            freeze_backbone=freeze_backbone, backbone_options=backbone_options,
+            weights=None if whole else weights, grad_checkpointing=grad_checkpointing,
         )  # fmt: skip
         self.segmenter = Segmenter(decoder, features, num_classes, auxiliary_weight > 0, **(decoder_options or {}))
         if whole:

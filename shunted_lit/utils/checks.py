@@ -1,8 +1,10 @@
 """Checks of arguments: one wording for the errors that users see."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 
 def check_minimum(minimum: float, **values: Any) -> None:
@@ -33,3 +35,41 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def check_keywords(what: str, keywords: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raise ValueError where `function` has no such keyword, or annotates it with another type.
+
+    Args:
+        what: name of the thing that takes the keywords, for messages.
+        keywords: keywords and values, such as those of a YAML file.
+        function: function or class whose signature counts.
+    """
+    parameters = inspect.signature(function).parameters
+    for name, value in keywords.items():
+        if name not in parameters:
+            close = difflib.get_close_matches(name, parameters, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(parameters))}."
+            raise ValueError(f"{what} has no keyword {name!r}; {hint}")
+        kind = parameters[name].annotation
+        if not is_of_type(value, kind):
+            raise ValueError(f"`{name}` of {what} must be {describe_type(kind)}, got {value!r}.")
+
+
+def is_of_type(value: Any, kind: Any) -> bool:
+    """Return whether a value fits an annotation made of plain types, unions, sequences and callables."""
+    origin, arguments = get_origin(kind) or kind, get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_of_type(value, option) for option in arguments)
+    if origin is Sequence:
+        return isinstance(value, (list, tuple)) and all(is_of_type(item, arguments[0]) for item in value)
+    if origin is Callable:
+        return callable(value)
+    if origin in (int, float):
+        return isinstance(value, (int, origin)) and not isinstance(value, bool)
+    return origin in (Any, inspect.Parameter.empty) or isinstance(value, origin)
+
+
+def describe_type(kind: Any) -> str:
+    """Return an annotation as users write it."""
+    return inspect.formatannotation(kind).replace("collections.abc.", "")

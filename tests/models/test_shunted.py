@@ -1,4 +1,4 @@
-"""The architecture against the source's own outputs, and against the paper's formulas."""
+"""The architecture against outputs of the reference implementation and against the paper's formulas."""
 
 import copy
 import io
@@ -28,23 +28,23 @@ GPU = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_source(name, device, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # which convolutions would compute in
+def test_outputs_and_gradients_equal_the_reference(name, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would use it
     case = CASES[name]
     model = build(case)
     model.load_state_dict(reference_weights(case), strict=True)
     model = model.to(device)
     assert sum(p.numel() for p in model.parameters()) == case["params"]
     x = draw(case["salt"] + 1, case["input_shape"]).to(device).requires_grad_()
-    found = outputs(case, model, x)
+    results = outputs(case, model, x)
     for key, expected in case["outputs"].items():
-        assert list(found[key].shape) == expected["shape"]
-        sampled = found[key].detach().flatten()[:: case["sample_stride"]].cpu()
+        assert list(results[key].shape) == expected["shape"]
+        sampled = results[key].detach().flatten()[:: case["sample_stride"]].cpu()
         torch.testing.assert_close(sampled, OUTPUTS[f"{name}/{key}"], rtol=0, atol=2e-5)
     if "grad_norms" not in case:
         return
     weights = draw(case["salt"] + 2, case["outputs"]["output"]["shape"]).to(device)
-    (100 * (found["output"] * weights).mean()).backward()
+    (100 * (results["output"] * weights).mean()).backward()
     expected_norms = from_reference_names(case["grad_norms"])
     norms = {key: parameter.grad.norm().item() for key, parameter in model.named_parameters()}
     assert norms.keys() == expected_norms.keys()
@@ -54,22 +54,22 @@ def test_equals_source(name, device, monkeypatch):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("device", [GPU])
-def test_equals_source_in_bfloat16(device, compiled):
+def test_bfloat16_on_a_gpu_is_close_to_the_reference(device, compiled):
     case = CASES["neck_512"]
     model = build(case)
     model.load_state_dict(reference_weights(case))
     run = torch.compile(model.to(device), mode="reduce-overhead") if compiled else model.to(device)
-    for _ in range(3):  # of graphs the third call is the first that replays
+    for _ in range(3):  # the third call is the first that replays a CUDA graph
         with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
-            found = run(draw(case["salt"] + 1, case["input_shape"]).to(device))
-    sampled = found.float().cpu().flatten()[:: case["sample_stride"]]
+            result = run(draw(case["salt"] + 1, case["input_shape"]).to(device))
+    sampled = result.float().cpu().flatten()[:: case["sample_stride"]]
     expected = OUTPUTS["neck_512/output"]
     assert (sampled - expected).norm() < 0.02 * expected.norm()
 
 
 @pytest.mark.parametrize("wrap", ["flat", "model", "module", "model and module"])
 @pytest.mark.parametrize("name", ["neck_small_sr2", "neck_small_sr1", "shunted_t"])
-def test_source_checkpoints_load(name, wrap):
+def test_reference_checkpoints_load(name, wrap):
     model, weights = build(CASES[name]), reference_weights(CASES[name])
     expected = from_reference_names(weights)
     if "module" in wrap:
@@ -78,12 +78,12 @@ def test_source_checkpoints_load(name, wrap):
         weights = {"model": weights, "optimizer": {}, "epoch": 299}
     given_names = list(weights)
     model.load_state_dict(weights, strict=True)
-    assert list(weights) == given_names, "the caller's dict was changed"
+    assert list(weights) == given_names, "the caller's dict must not change"
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
 
 
-def test_source_checkpoints_load_inside_another_module():
+def test_reference_checkpoints_load_inside_another_module():
     case = CASES["neck_small_sr4"]
     outer = nn.ModuleDict({"neck": build(case)})
     outer.load_state_dict({f"neck.{key}": value for key, value in reference_weights(case).items()}, strict=True)
@@ -93,17 +93,17 @@ def test_source_checkpoints_load_inside_another_module():
     torch.testing.assert_close(outer["neck"](x), twin(x), rtol=0, atol=0)
 
 
-def test_strict_loading_still_finds_faults():
+def test_strict_loading_names_missing_and_unexpected_weights():
     model, weights = build(CASES["neck_small_sr2"]), reference_weights(CASES["neck_small_sr2"])
     weights["block.0.attn.kv3.weight"] = weights.pop("block.0.attn.kv2.weight")
     message = (
-        r"1 missing \(block\.0.*groups\.1\.kv\.weight\), 1 unexpected \(.*groups\.2\.kv\.weight\)\. They are those of"
+        r"1 missing \(block\.0.*groups\.1\.kv\.weight\), 1 unexpected \(.*groups\.2\.kv\.weight\)\. They fit Shunted"
     )
     with pytest.raises(ValueError, match=message):
         model.load_state_dict(weights)
 
 
-def test_own_state_dict_round_trip():
+def test_state_dict_round_trip():
     model = ShuntedTransformer(cin=16, depth=2, ratios=(4, 2, 1, 1), num_heads=4)
     twin = ShuntedTransformer(cin=16, depth=2, ratios=(4, 2, 1, 1), num_heads=4)
     twin.load_state_dict(model.state_dict())
@@ -111,7 +111,7 @@ def test_own_state_dict_round_trip():
         assert torch.equal(value, model.state_dict()[key])
 
 
-# --- the paper's formulas, any size, any ratios
+# --- the paper's formulas at any size, with any ratios
 
 
 @st.composite
@@ -130,24 +130,24 @@ def necks(draw):
     }
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(necks(), st.integers(1, 13), st.integers(1, 13), st.integers(1, 2), st.integers(0, 2**31))
-def test_equals_the_formulas_at_any_size(keywords, height, width, batch, seed):
+def test_neck_equals_the_formulas_at_any_size(keywords, height, width, batch, seed):
     torch.manual_seed(seed)
     model = ShuntedTransformer(**keywords, dtype=torch.float64).eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     x = torch.randn(batch, keywords["cin"], height, width, dtype=torch.float64)
     with torch.no_grad():
-        found = model(x)
+        result = model(x)
         expected = plain.neck(
             x, model.state_dict(), keywords["depth"], keywords["num_heads"], keywords["ratios"], keywords["qk_scale"]
         )
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("sr_ratio", SR_RATIOS)
-def test_shorthand_is_its_tuple(sr_ratio):
+def test_sr_ratio_stands_for_a_tuple_of_ratios(sr_ratio):
     torch.manual_seed(0)
     short = ShuntedTransformer(cin=8, depth=1, sr_ratios=sr_ratio)
     long = ShuntedTransformer(cin=8, depth=1, ratios=SR_RATIOS[sr_ratio])
@@ -159,7 +159,7 @@ def test_shorthand_is_its_tuple(sr_ratio):
 
 
 @pytest.mark.parametrize("ratio", [2, 3, 4, 8])
-def test_no_token_is_lost(ratio):
+def test_padding_keeps_every_token(ratio):
     heads = ShuntedSelfAttention(4, 2, (ratio, 1)).groups[0]
     for size in range(1, 2 * ratio + 2):
         x = torch.randn(1, size * (size + 1), 4, requires_grad=True)
@@ -179,17 +179,17 @@ def test_backbone_takes_any_image(height, width):
     assert model(torch.randn(2, 3, height, width)).shape == (2, 3)
 
 
-# --- what the keywords and methods say
+# --- keywords and methods
 
 
-def test_default_norm_is_the_sources():
+def test_default_norm_is_that_of_the_reference():
     assert ShuntedTransformer(cin=4, depth=1).block[0].norm1.eps == 1e-5
     assert ShuntedTransformer(cin=4, depth=1, norm_layer=partial(nn.LayerNorm, eps=1e-3)).norm.eps == 1e-3
     assert isinstance(ShuntedTransformer(cin=4, depth=1, norm_layer=nn.RMSNorm).block[0].norm2, nn.RMSNorm)
     assert ShuntedTransformer(cin=4, depth=1, norm_layer=lambda dim: nn.LayerNorm(dim)).norm.eps == 1e-5
 
 
-def test_initial_weights_follow_the_source():
+def test_initial_weights_follow_the_reference():
     torch.manual_seed(0)
     model = ShuntedTransformer(cin=64, depth=2)
     for module in model.modules():
@@ -236,14 +236,14 @@ def test_dropout_acts_in_training_only(keyword):
     assert not torch.equal(model.train()(x), model(x))
 
 
-def test_dropping_all_attention_leaves_the_bias_of_the_projection():
+def test_full_attention_dropout_leaves_the_bias_of_the_projection():
     attention = ShuntedSelfAttention(8, 2, (2, 1), attn_drop=1.0).train()
     out = attention(torch.randn(2, 16, 8), (4, 4))
     torch.testing.assert_close(out, attention.proj.bias.expand_as(out))
 
 
 @pytest.mark.parametrize("model", [ShuntedTransformer(cin=8, depth=1), timm.create_model("shunted_t")])
-def test_freeze_patch_embed(model):
+def test_freeze_patch_embed_stops_only_the_patch_embedding(model):
     model.freeze_patch_embed()
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
@@ -278,7 +278,7 @@ def test_output_is_channels_last_and_layout_is_never_copied():
 
 
 class RecordOperations(TorchDispatchMode):
-    """Names of the operations that run, copies to another layout among them."""
+    """Record the names of the operators that run, such as copies to another memory layout."""
 
     def __init__(self):
         super().__init__()
@@ -300,7 +300,7 @@ def test_pooling(pool):
     torch.testing.assert_close(model(x), model.get_classifier()(pooled))
 
 
-def test_a_head_without_pooling_judges_each_place():
+def test_head_without_pooling_classifies_each_position():
     model = timm.create_model("shunted_t", num_classes=5, global_pool="").eval()
     x = torch.randn(2, 3, 64, 96)
     scores = model(x)
@@ -315,44 +315,48 @@ def test_a_head_without_pooling_judges_each_place():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"cin": 10, "num_heads": 4}, "10 channels do not split into 4 heads"),
-        ({"cin": 9, "num_heads": 3}, "3 heads do not split into 2 equal groups"),
-        ({"cin": 8, "num_heads": 4, "ratios": (4, 2, 1)}, "4 heads do not split into 3 equal groups"),
-        ({"cin": 8, "ratios": (2, 0)}, r"ratios are \(2, 0\)"),
-        ({"cin": 8, "ratios": ()}, r"ratios are \(\)"),
-        ({"cin": 8, "sr_ratios": 3}, r"sr_ratio is 3, but the source knows \[1, 2, 4, 8\]"),
-        ({"cin": 8, "num_heads": 0}, "8 channels do not split into 0 heads"),
+        ({"cin": 10, "num_heads": 4}, "`num_heads` must divide the channels, got 4 heads and 10 channels"),
+        ({"cin": 9, "num_heads": 3}, r"multiple of the number of `ratios`, got 3 and \(2, 1\)"),
+        ({"cin": 8, "num_heads": 4, "ratios": (4, 2, 1)}, r"multiple of the number of `ratios`, got 4 and \(4, 2, 1\)"),
+        ({"cin": 8, "ratios": (2, 0)}, r"`ratios` must hold .* at least 1 per head group, got \(2, 0\)"),
+        ({"cin": 8, "ratios": ()}, r"`ratios` must hold .* at least 1 per head group, got \(\)"),
+        ({"cin": 8, "sr_ratios": 3}, r"`sr_ratio` must be one of \[1, 2, 4, 8\].* got 3; .* such as \(3, 1\)"),
+        ({"cin": 8, "depth": 0}, "`depth` must be at least 1, got 0"),
+        ({"cin": 8, "drop_path_rate": 2}, "`drop_path_rate` must be between 0 and 1, got 2"),
+        ({"cin": 8, "attn_drop_rate": -1.0}, "`attn_drop` must be between 0 and 1, got -1.0"),
+        ({"cin": 8, "mlp_ratios": 0.1}, "`mlp_ratio` must give at least 1 hidden channel, got 0.1 times 8"),
+        ({"cin": 8, "num_heads": 0}, "`num_heads` must divide the channels, got 0 heads and 8 channels"),
     ],
 )
-def test_wrong_numbers_are_told(keywords, message):
+def test_invalid_settings_are_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         ShuntedTransformer(**keywords)
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 4), (1, 7, 4, 4), (1, 1, 8, 4, 4), (2, 8), (1, 8, 0, 4)])
-def test_wrong_inputs_are_told(shape):
-    with pytest.raises(ValueError, match=r"input has the shape .* but \(B, 8, H, W\)"):
+def test_inputs_of_another_shape_are_refused(shape):
+    with pytest.raises(ValueError, match=rf"must have the shape \(B, 8, H, W\), H and W >= 1, got \[{shape[0]}, "):
         ShuntedTransformer(cin=8, depth=1)(torch.randn(*shape))
 
 
-def test_backbone_errors():
-    with pytest.raises(ValueError, match=r"\[4, 4, 3, 4, 4\] entries"):
+def test_invalid_backbones_are_refused():
+    with pytest.raises(ValueError, match=r"one entry a stage, got \[4, 4, 3, 4, 4\] entries"):
         ShuntedBackbone(num_heads=(2, 4, 8))
-    with pytest.raises(ValueError, match="global_pool is 'attention'"):
+    with pytest.raises(ValueError, match=r"`global_pool` must be one of .*avg.* got 'attention'"):
         ShuntedBackbone(global_pool="attention")
-    with pytest.raises(ValueError, match=r"shape \[1, 1, 32, 32\].*\(B, 3, H, W\)"):
+    with pytest.raises(ValueError, match=r"shape \(B, 3, H, W\).* got \[1, 1, 32, 32\]"):
         timm.create_model("shunted_t")(torch.randn(1, 1, 32, 32))
 
 
-# --- a neck out of a checkpoint
+# --- loading a neck from a checkpoint
 
 
-def test_from_checkpoint_of_the_source(tmp_path):
+def test_from_checkpoint_of_the_reference(tmp_path):
     case = CASES["neck_small_sr8"]
-    torch.save({"model": reference_weights(case)}, tmp_path / "source.pth")
+    torch.save({"model": reference_weights(case)}, tmp_path / "reference.pth")
     keywords = {key: value for key, value in case["args"].items() if key not in ("cin", "depth")}
     neck = ShuntedTransformer.from_checkpoint(
-        tmp_path / "source.pth", **keywords, norm_layer=partial(nn.LayerNorm, eps=1e-6)
+        tmp_path / "reference.pth", **keywords, norm_layer=partial(nn.LayerNorm, eps=1e-6)
     )
     out = neck(draw(case["salt"] + 1, case["input_shape"])).detach().flatten()[:: case["sample_stride"]]
     torch.testing.assert_close(out, OUTPUTS["neck_small_sr8/output"], rtol=0, atol=2e-5)
@@ -360,11 +364,11 @@ def test_from_checkpoint_of_the_source(tmp_path):
 
 def test_from_checkpoint_without_a_neck(tmp_path):
     torch.save({"state_dict": {"detector.head.weight": torch.zeros(1)}}, tmp_path / "none.ckpt")
-    with pytest.raises(ValueError, match="holds no neck: none of its 1 tensors"):
+    with pytest.raises(ValueError, match="holds no neck; none of its 1 tensors"):
         ShuntedTransformer.from_checkpoint(tmp_path / "none.ckpt")
 
 
-# --- fast paths change nothing
+# --- fast paths equal plain formulas
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
@@ -381,23 +385,23 @@ def test_residual_depthwise_gelu_equals_its_formula(mode):
     batch=st.integers(0, 3), height=st.integers(1, 11), width=st.integers(1, 11),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]), mixed=st.booleans(),
 )  # fmt: skip
-@settings(deadline=None, max_examples=40)
-def test_inference_mode_gives_what_other_modes_give(batch, height, width, dtype, mixed):
-    """In it, convolution and GELU are one operator of oneDNN; with oneDNN switched off, they are torch's own two."""
+@settings(deadline=None, max_examples=20)
+def test_inference_mode_equals_other_modes(batch, height, width, dtype, mixed):
+    """Compare oneDNN's fused convolution and GELU with torch's own two operators."""
     torch.manual_seed(0)
     layer = DetailSpecificFeedForward(16, 32, dtype=dtype).eval()
     x = torch.randn(batch, height * width, 16, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed and dtype == torch.float32):
         with torch.inference_mode():
-            found = layer(x, (height, width))
+            result = layer(x, (height, width))
         with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False):
             expected = layer(x, (height, width))
-    error = 1e-5 if found.dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, expected, rtol=error, atol=error)
+    error = 1e-5 if result.dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(result, expected, rtol=error, atol=error)
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN fuses these there alone")
-def test_convolution_and_gelu_are_one_operator_in_inference_mode_alone(neck):
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="oneDNN fuses only on AVX-512")
+def test_convolution_and_gelu_are_fused_only_in_inference_mode(neck):
     x = torch.randn(1, 8, 5, 7)
 
     def operators(context):
@@ -415,7 +419,7 @@ def test_convolution_and_gelu_are_one_operator_in_inference_mode_alone(neck):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_is_computed_again_gives_the_same_gradients(monkeypatch, dropout):
+def test_recomputation_gives_the_same_gradients_and_saves_memory(monkeypatch, dropout):
     model = ShuntedTransformer(cin=8, depth=2, num_heads=4, ratios=(2, 1), drop_rate=dropout, dtype=torch.float64)
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
     gradients, kept = [], []
@@ -435,11 +439,11 @@ def test_what_is_computed_again_gives_the_same_gradients(monkeypatch, dropout):
         loss.backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
     torch.testing.assert_close(*gradients)
-    assert kept[1] < 0.75 * kept[0], "less is held for the backward pass"
+    assert kept[1] < 0.75 * kept[0], "recomputation must keep less for the backward pass"
 
 
 @pytest.mark.parametrize("shape", [(1, 12, 16), (2, 1, 1), (2, 5, 13)])
-def test_small_attention_in_bfloat16(monkeypatch, shape):
+def test_plain_attention_is_as_precise_as_fused_attention_in_bfloat16(monkeypatch, shape):
     torch.manual_seed(0)
     model = ShuntedTransformer(cin=32, depth=2)
     B, H, W = shape
@@ -451,11 +455,11 @@ def test_small_attention_in_bfloat16(monkeypatch, shape):
         with torch.autocast("cpu", torch.bfloat16):
             errors.append((model(x).float() - exact).norm() / exact.norm())
     assert max(errors) < 0.02
-    assert errors[1] < 1.5 * errors[0], "no less precise than the fused one"
+    assert errors[1] < 1.5 * errors[0], "plain attention must not be less precise"
 
 
 @pytest.mark.parametrize("limit", [0, 2**24])
-def test_dropout_of_attention_in_bfloat16_keeps_the_mean(monkeypatch, limit):
+def test_attention_dropout_in_bfloat16_keeps_the_mean(monkeypatch, limit):
     monkeypatch.setattr(ops, "SMALL_ATTENTION", limit)
     q, k = (torch.zeros(1, 1, n, 4, dtype=torch.bfloat16) for n in (200, 300))
     v = torch.ones(1, 1, 300, 4, dtype=torch.bfloat16)
@@ -464,7 +468,8 @@ def test_dropout_of_attention_in_bfloat16_keeps_the_mean(monkeypatch, limit):
     assert out.mean().item() == pytest.approx(1, abs=0.02)
 
 
-def test_compiled_in_bfloat16(neck):
+@pytest.mark.slow
+def test_neck_compiles_in_bfloat16(neck):
     neck = neck.bfloat16()
     x = torch.randn(1, 8, 5, 7, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -472,7 +477,7 @@ def test_compiled_in_bfloat16(neck):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradient_checkpointing_of_the_neck(checkpointing, neck):
+def test_activation_checkpointing_gives_the_same_gradients(checkpointing, neck):
     twin = copy.deepcopy(neck)
     twin.grad_checkpointing = checkpointing
     x = torch.randn(2, 8, 6, 5)
@@ -482,7 +487,7 @@ def test_gradient_checkpointing_of_the_neck(checkpointing, neck):
         torch.testing.assert_close(one.grad, other.grad)
 
 
-# --- the layer scale, which the source has not
+# --- the layer scale, which the reference does not have
 
 
 def test_layer_scale_adds_the_input():
@@ -495,13 +500,13 @@ def test_layer_scale_adds_the_input():
     torch.testing.assert_close(out, x + gamma.view(1, 8, 1, 1) * plain(x))
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert "layer_scale.gamma" not in plain.state_dict()
-    with pytest.raises(ValueError, match=r"1 unexpected \(layer_scale\.gamma\).*layer_scale=0\.0"):
+    with pytest.raises(ValueError, match=r"1 unexpected \(layer_scale\.gamma\).*layer_scale=0\.0\)"):
         plain.load_state_dict(neck.state_dict())
     with pytest.raises(ValueError, match=r"1 missing \(layer_scale\.gamma\)"):
         neck.load_state_dict(plain.state_dict())
 
 
-def test_a_layer_scale_of_zero_changes_nothing_and_then_learns():
+def test_layer_scale_of_zero_starts_as_an_identity_and_then_learns():
     neck = ShuntedTransformer(cin=8, depth=1, layer_scale=0.0)
     optimizer = torch.optim.SGD(neck.parameters(), lr=0.1)
     x = torch.randn(2, 8, 5, 7)
@@ -525,17 +530,17 @@ def test_from_checkpoint_reads_the_layer_scale(tmp_path):
     torch.testing.assert_close(twin(x), neck(x), rtol=0, atol=0)
 
 
-# --- a module like any other
+# --- copying, exporting and compiling
 
 
-@pytest.fixture(params=[None, 0.5], ids=["as the source", "layer scale"])
+@pytest.fixture(params=[None, 0.5], ids=["reference", "layer scale"])
 def neck(request):
     torch.manual_seed(0)
     return ShuntedTransformer(cin=8, depth=1, num_heads=4, ratios=(4, 1), layer_scale=request.param).eval()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save", "script", "trace"])
-def test_neck_copies_alike(neck, how):
+def test_copies_give_the_same_output(neck, how):
     x = torch.randn(1, 8, 5, 7)
     if how == "deepcopy":
         twin = copy.deepcopy(neck)
@@ -571,13 +576,14 @@ def test_neck_on_the_meta_device():
     assert neck(torch.empty(2, 8, 3, 3, device="meta", dtype=torch.bfloat16)).shape == (2, 8, 3, 3)
 
 
-def test_neck_compiles_whole(neck):
+@pytest.mark.slow
+def test_neck_compiles_as_one_graph(neck):
     x = torch.randn(1, 8, 5, 7)
     torch.testing.assert_close(torch.compile(neck, fullgraph=True)(x), neck(x), rtol=1e-4, atol=1e-5)
 
 
 def test_neck_exports_with_dynamic_sizes(neck):
-    # An exported program treats sizes of 1 as fixed, so maps must be larger than the largest ratio, 4 here.
+    # torch.export treats sizes of 1 as constants, so maps must be larger than the largest ratio, 4.
     height, width = torch.export.Dim("height", min=5, max=640), torch.export.Dim("width", min=5, max=640)
     dynamic = {0: torch.export.Dim("batch", min=2, max=64), 2: height, 3: width}
     program = torch.export.export(neck, (torch.randn(2, 8, 9, 11),), dynamic_shapes=(dynamic,)).module()
