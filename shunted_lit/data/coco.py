@@ -15,6 +15,7 @@ from shunted_lit.data.image_io import MAX_PIXELS, read_text
 from shunted_lit.data.masks import find_mask_fault
 from shunted_lit.data.validation import BadBoxes, LabelCheck, find_repeated, is_integer, is_number
 
+Records = dict[int, Record | None]  # by image id; None for an image with a faulty entry
 SLACK = 1.0  # pixels by which a box may exceed its image; COCO's own boxes exceed theirs by less
 
 
@@ -128,12 +129,10 @@ def is_size(width: Any, height: Any) -> bool:
     return all(is_integer(side) and 0 < side <= MAX_PIXELS for side in sides) and math.prod(sides) <= MAX_PIXELS
 
 
-def read_images(
-    file: Path, entries: list[Any], folder: Path, check: LabelCheck, *, masks: bool
-) -> dict[int, Record | None]:
-    """Return a record without objects for each image by its id, in the order of the ids; None for a faulty entry."""
+def read_images(file: Path, entries: list[Any], folder: Path, check: LabelCheck, *, masks: bool) -> Records:
+    """Return a record without objects for each image, in the order of the ids."""
     images = index_by_id(file, "images", entries, check, "file_name", "width", "height")
-    records: dict[int, Record | None] = dict.fromkeys(sorted(images))
+    records: Records = dict.fromkeys(sorted(images))
     present = {path.relative_to(folder) for path in folder.rglob("*")} if folder.is_dir() else set()
     missing = []
     for number in records:
@@ -159,13 +158,7 @@ def read_images(
 
 
 def add_annotations(
-    file: Path,
-    entries: list[Any],
-    records: dict[int, Record | None],
-    category_ids: list[int],
-    check: LabelCheck,
-    *,
-    crowds: bool,
+    file: Path, entries: list[Any], records: Records, category_ids: list[int], check: LabelCheck, *, crowds: bool
 ) -> None:
     """Add the objects of an annotation file to the records of their images; crowd regions only where `crowds`."""
     label = {category: i for i, category in enumerate(category_ids)}

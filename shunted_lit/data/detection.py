@@ -83,6 +83,7 @@ class Record:
     size: tuple[int, int] | None = None  # width and height, where the annotations state them
     crowd: list[bool] = field(default_factory=list)  # regions that evaluation ignores; empty for none
     segments: list[Segment] | None = None  # outline of each object; None where masks are not needed
+    content: bytes | None = None  # content of the image file, where it is not on disk
 
 
 class FolderDataset(Dataset[Sample]):
@@ -144,14 +145,13 @@ class FolderDataset(Dataset[Sample]):
         else:
             self.read(index)  # a header may lack the orientation
 
-    def load_record(self, index: int) -> tuple[Record, bytes | None]:
-        """Return a record, and the content of the image file where that is not on disk."""
-        return self.records[index], None
+    def load_record(self, index: int) -> Record:
+        return self.records[index]
 
     def read(self, index: int) -> Sample:
         """Return image and target before `transform`."""
-        record, content = self.load_record(index)
-        image = tv_tensors.Image(read_image(record.path, content))
+        record = self.load_record(index)
+        image = tv_tensors.Image(read_image(record.path, record.content))
         height, width = image.shape[-2:]
         boxes = self.boxes_in_pixels(record, width, height)
         target = {

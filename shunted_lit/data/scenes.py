@@ -77,17 +77,9 @@ def write_scenes(
             for (x1, y1, x2, y2), label, mask in zip(compute_boxes(masks).int().tolist(), labels, masks, strict=True):
                 fractions = ((x1 + x2) / 2 / size, (y1 + y2) / 2 / size, (x2 - x1) / size, (y2 - y1) / size)
                 lines.append(f"{label} " + " ".join(f"{value:.12g}" for value in fractions) + "\n")
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": number + 1,
-                        "category_id": label + 1,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": int(mask.sum()),
-                        "iscrowd": 0,
-                        "segmentation": encode_run_lengths(mask),
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1}
+                box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0}
+                annotations.append({**ids, **box, "segmentation": encode_run_lengths(mask)})
             (out / "labels" / split / f"{stem}.txt").write_text("".join(lines))
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
         content = {"images": images, "annotations": annotations, "categories": categories}

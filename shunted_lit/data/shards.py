@@ -353,11 +353,11 @@ class DetectionShards(FolderDataset):
     def name_of(self, index: int) -> str:
         return self.shards.read(index, "name")[1][0]
 
-    def load_record(self, index: int) -> tuple[Record, bytes | None]:
+    def load_record(self, index: int) -> Record:
         names = ("name", "image_id", "boxes", "labels", "size", "crowd", "segments")
         content, (name, image_id, boxes, labels, size, crowd, segments) = self.shards.read(index, *names)
         size = None if size is None else tuple(size)
-        return Record(Path(name), image_id, boxes, labels, size, crowd, segments if self.masks else None), content
+        return Record(Path(name), image_id, boxes, labels, size, crowd, segments if self.masks else None, content)
 
 
 class ShardsDataModule(BaseDataModule):

@@ -42,7 +42,8 @@ FURTHER = {  # of modules that name no public ones, what README tells of
 def arguments(thing):
     """Return the names of the arguments, with those of the base classes that `**options` passes on."""
     parameters = inspect.signature(thing).parameters.values()
-    names = [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    passed_on = ("keywords", "options")
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD or p.name not in passed_on]
     if len(names) < len(parameters) and isinstance(thing, type):
         for base in thing.__mro__[1:]:
             if base.__module__.startswith("shunted_lit.data"):
