@@ -13,8 +13,8 @@ from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from shunted_lit.commands.check import data_parser, faults_of, parse_data
-from shunted_lit.data.base import FolderDataset
 from shunted_lit.data.classification import ClassFolderDataset
+from shunted_lit.data.detection import FolderDataset
 from shunted_lit.data.image_io import FORMATS, IMAGE_SUFFIXES
 from shunted_lit.data.shards import INDEX, VERSION, is_url
 from shunted_lit.data.validation import DataError

@@ -1,8 +1,9 @@
-"""Data for the tasks, a LightningDataModule each. No model is known here."""
+"""Data modules for the tasks. This package does not depend on models."""
 
-from shunted_lit.data.base import BaseDataModule, DetectionDataModule
+from shunted_lit.data.base import BaseDataModule
 from shunted_lit.data.classification import ClassificationDataModule, ImageFolderDataModule
 from shunted_lit.data.coco import CocoDataModule
+from shunted_lit.data.detection import DetectionDataModule
 from shunted_lit.data.images import ImagesDataModule
 from shunted_lit.data.segmentation import ADE20KDataModule, LabelMapDataModule, MaskFolderDataModule
 from shunted_lit.data.shapes import ShapesDataModule

@@ -1,4 +1,4 @@
-"""Real labelled images that need no download: scikit-learn's handwritten digits."""
+"""scikit-learn's handwritten digits: real labelled images without a download."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ NAMES = [str(digit) for digit in range(10)]
 
 
 def load_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Images (n, 8, 8), uint8, and labels (n,), for "train" (1,438 digits) and "val" (359, every fifth).
+    """Return images (n, 8, 8), uint8, and labels (n,) of "train" (1,438 digits) and "val" (359, every fifth).
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -19,21 +19,21 @@ def load_digits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError(f"digits need scikit-learn ({error}): pip install 'shunted-lit[demo]'") from None
+        raise ValueError(f"Digits need scikit-learn ({error}): pip install 'shunted-lit[demo]'") from None
     digits = load_digits()
     images = (digits.images * 15.9375).astype(np.uint8)  # 0..16 -> 0..255
-    held_out = np.arange(len(images)) % 5 == 4
-    return {"train": (images[~held_out], digits.target[~held_out]), "val": (images[held_out], digits.target[held_out])}
+    is_val = np.arange(len(images)) % 5 == 4
+    return {"train": (images[~is_val], digits.target[~is_val]), "val": (images[is_val], digits.target[is_val])}
 
 
 def write_digits(out: Path) -> None:
     """Write scikit-learn's 1,797 handwritten digits, 8 x 8 pixels each, as an image folder.
 
     Args:
-        out: folder to write, `out/train/DIGIT/*.png` and `out/val/DIGIT/*.png`; must not exist, or be empty.
+        out: New or empty folder for `train/DIGIT/*.png` and `val/DIGIT/*.png`.
 
     Raises:
-        ValueError: a folder that is not empty; scikit-learn is not installed (extra "demo").
+        ValueError: The folder is not empty, or scikit-learn is not installed (extra "demo").
     """
     check_new_folder(out)
     splits = load_digits()

@@ -1,40 +1,40 @@
-"""Plain images to predict on."""
+"""Images without labels, to predict on."""
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse.typing import PositiveInt
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor, to_dtype
 
 from shunted_lit.data.base import BaseDataModule, collate
-from shunted_lit.data.image_io import IMAGE_SUFFIXES, read_image, warn_unsupported_images
+from shunted_lit.data.image_io import IMAGE_ENDINGS, find_images, read_image
 from shunted_lit.data.sampling import RankSampler
+from shunted_lit.data.validation import find_repeated
 from shunted_lit.utils.files import fingerprint_files
-
-log = logging.getLogger(__name__)
 
 
 class ImagesDataModule(BaseDataModule):
-    """Images of a folder, at any depth, for `shunted-lit predict`; there is nothing to train on.
+    """Images of a folder, at any depth, for `shunted-lit predict`.
 
-    A sample is an image, and its number in the order of the names. Images come as they are, float32 in 0..1, a batch a
-    list; where `image_size` is given, they are scaled and cut as for the validation of a classifier, a batch a tensor
-    (B, 3, image_size, image_size), uint8.
+    A sample is an image and its index in the order of the names. Images keep their size, as float32 in 0..1, and a
+    batch is a list. With `image_size` they are resized and cropped as for the validation of a classifier, and a batch
+    is a tensor (B, 3, image_size, image_size), uint8.
 
     Args:
-        images: the folder, or one image.
-        image_size, crop_pct, interpolation: as in `ImageFolderDataModule`; from the checkpoint, in `shunted-lit`.
-        batch_size: images a step, of each device.
-        num_workers: processes that load, of each device.
+        images: Folder, or a single image.
+        image_size: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`. None keeps sizes.
+        crop_pct: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`.
+        interpolation: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`.
+        batch_size: Batch size per device.
+        options: Options of `BaseDataModule`.
 
     Raises:
-        ValueError: no such folder, no image in it, or two whose names differ in the suffix alone, so that what is
-            written for them would have one name; while reading, an image that can't be read.
+        ValueError: There is no such folder, no image in it, or two images whose names differ only in the suffix, so
+            that their outputs would have one name. On reading: an image that cannot be read.
     """
 
     offers = ("none",)
@@ -43,30 +43,29 @@ class ImagesDataModule(BaseDataModule):
     def __init__(
         self,
         images: str,
+        *,
         image_size: int | None = None,
         crop_pct: float = 1.0,
         interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
-        batch_size: int = 1,
-        num_workers: int = 2,
+        batch_size: PositiveInt = 1,
+        **options: Any,
     ):
-        super().__init__(batch_size, num_workers)
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # where few parts are left to do
-        self.prepared = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
-        self.to_do: Callable[[], Sequence[int]] | None = None  # images of this process; None for all
+        super().__init__(batch_size=batch_size, **options)
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a resumed run may leave a rank nothing to do
+        self.preparation = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
+        self.to_do: Callable[[], Sequence[int]] | None = None  # returns the images of this rank; None for all
         self.root = Path(images)
         self.is_folder = self.root.is_dir()
         if self.is_folder:
-            files = sorted(path for path in self.root.rglob("*") if path.is_file())
-            self.paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
-            warn_unsupported_images(images, files)
+            self.paths = [path for path in find_images(self.root) if path.is_file()]
         elif self.root.is_file():
             self.root, self.paths = self.root.parent, [self.root]
         else:
-            raise ValueError(f"{images}: no such folder or image")
+            raise ValueError(f"{images}: no such folder or image.")
         if not self.paths:
-            raise ValueError(f"{images}: no images in it; they end in {', '.join(sorted(IMAGE_SUFFIXES))}")
-        if repeated := [name for name, count in Counter(self.names).items() if count > 1]:
-            raise ValueError(f"{self.root / repeated[0]}: is there under several suffixes; rename or move one")
+            raise ValueError(f"{images}: no images found; their names must end in {IMAGE_ENDINGS}.")
+        if repeated := find_repeated(self.names):
+            raise ValueError(f"{self.root / repeated[0]}: exists with several suffixes; rename or move all but one.")
         self.transform: Any = None
         if image_size is not None:
             self.collate_fn = None
@@ -75,10 +74,14 @@ class ImagesDataModule(BaseDataModule):
             )
 
     def state(self) -> dict[str, Any]:
-        """By which it is known whether images were added, removed or changed, or are prepared in another way."""
+        """Return what differs once images are added, removed, changed or prepared differently."""
         names = [str(path.relative_to(self.root)) for path in self.paths]
-        return {**self.prepared, "folder": str(self.root.resolve()), "number of images": len(names),
-                "names, sizes and times of images": fingerprint_files(self.paths, names)}  # fmt: skip
+        return {
+            **self.preparation,
+            "folder": str(self.root.resolve()),
+            "number of images": len(names),
+            "names, sizes and times of images": fingerprint_files(self.paths, names),
+        }
 
     @property
     def names(self) -> list[str]:
@@ -87,24 +90,24 @@ class ImagesDataModule(BaseDataModule):
 
     @property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        raise ValueError("ImagesDataModule holds images alone, to predict on; name other data by --data")
+        raise ValueError("ImagesDataModule has no classes and is only for predict; choose other data with `--data`.")
 
     def would_read(self, folder: Path) -> bool:
-        """Whether images in `folder` would be read by the next run."""
+        """Return whether the next run would read images in `folder`."""
         return self.is_folder and folder.resolve().is_relative_to(self.root.resolve())
 
     def setup(self, stage: str) -> None:
         if stage != "predict":
-            raise ValueError(f"ImagesDataModule holds images alone, which can't {stage}; name other data")
-        self.datasets = {"predict": Images(self.paths, self.transform)}
+            raise ValueError(f"ImagesDataModule has no labels and is only for predict, not {stage}; choose other data.")
+        self.datasets = {"predict": ImageFiles(self.paths, self.transform)}
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        sampler = None if self.to_do is None else RankSampler(self.to_do(), *self.replicas_and_rank())
-        return self.loader(self.datasets["predict"], sampler=sampler)
+        sampler = None if self.to_do is None else RankSampler(self.to_do(), *self.world_size_and_rank())
+        return self.build_loader(self.datasets["predict"], sampler=sampler)
 
 
-class Images(Dataset[Any]):
-    """Images on disk, read when asked for, each with its number."""
+class ImageFiles(Dataset[Any]):
+    """Images on disk, read on access, each with its index."""
 
     def __init__(self, paths: list[Path], transform: Any):
         self.paths, self.transform = paths, transform

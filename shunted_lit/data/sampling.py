@@ -1,4 +1,4 @@
-"""The order of an epoch, and random numbers for each sample: both of seed, epoch and place alone."""
+"""The order of the samples in an epoch, and a seed for each sample; both depend only on seed, epoch and position."""
 
 import logging
 import signal
@@ -13,26 +13,29 @@ from shunted_lit.utils.seeds import derive_seeds, seed_sample
 
 log = logging.getLogger(__name__)
 
-Key = tuple[int, int, int, int]  # index, and what its random numbers follow from: seed, epoch, place in the epoch
+Key = tuple[int, int, int, int]  # index of a sample; and what seeds it: seed, epoch, position in the epoch
 
 
 class TrainingSampler(DistributedSampler):
-    """A new order of the images in each epoch; being a DistributedSampler, Lightning leaves it in its place.
+    """A new order of the training images in each epoch.
+
+    It is a DistributedSampler so that Lightning does not replace it.
 
     Args:
-        dataset: of which only the length is asked for.
-        replicas: processes that share an epoch.
-        rank: number of this one.
-        seed: of all orders; the same in all processes.
-        repeats: times that an image is in an epoch, each time augmented anew and by another process, while the epoch
-            stays as long: repeated augmentation (Hoffer et al., arXiv 1901.09335).
-        epoch, start: where to begin: samples of this process that were seen in that epoch.
+        dataset: Data set; only its length is used, and its `shards`, where it has some.
+        world_size: Number of processes that share an epoch.
+        rank: Number of this process.
+        seed: Seed of all orders; the same on all ranks.
+        repeats: Repeated augmentation (Hoffer et al., arXiv 1901.09335): occurrences of an image in an epoch, which
+            keeps its length. Each is augmented differently, on another rank; 1 for none.
+        epoch: Epoch to begin with.
+        start: Samples of this rank to skip in that epoch.
     """
 
     def __init__(
-        self, dataset: Any, replicas: int, rank: int, seed: int, repeats: int = 1, epoch: int = 0, start: int = 0
+        self, dataset: Any, world_size: int, rank: int, *, seed: int, repeats: int = 1, epoch: int = 0, start: int = 0
     ):
-        super().__init__(dataset, replicas, rank, seed=seed)
+        super().__init__(dataset, world_size, rank, seed=seed)
         self.repeats, self.epoch, self.start = repeats, epoch, start
 
     def set_epoch(self, epoch: int) -> None:
@@ -41,30 +44,33 @@ class TrainingSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(derive_seeds(2, self.seed, self.epoch)[0])
-        places = torch.arange(self.total_size)  # the last ones begin anew, so that all processes have as many
+        positions = torch.arange(self.total_size)  # the last ones repeat images, so that all ranks have equally many
         shards = getattr(self.dataset, "shards", None)
         if shards is None:
-            images = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
-            own = places[self.rank :: self.num_replicas]
-        else:  # a stretch each, so that a process needs few of the shards
-            images = shards.shuffled(generator)
-            own = places[self.rank * self.num_samples :][: self.num_samples]
-        own = own[self.start :]
-        chosen = images[own // self.repeats % len(images)].tolist()
-        for image, place in zip(shards.coming(chosen) if shards else chosen, own.tolist(), strict=True):
-            yield image, self.seed, self.epoch, place
+            order = torch.randperm(len(self.dataset), generator=generator)  # type: ignore[arg-type]
+            positions = positions[self.rank :: self.num_replicas]
+        else:  # consecutive positions, so that a rank needs few of the shards
+            order = shards.shuffle(generator)
+            positions = positions[self.rank * self.num_samples :][: self.num_samples]
+        positions = positions[self.start :]
+        indices = order[positions // self.repeats % len(order)].tolist()
+        if shards is not None:
+            indices = shards.prefetch(indices)
+        for index, position in zip(indices, positions.tolist(), strict=True):
+            yield index, self.seed, self.epoch, position
 
 
 class RankSampler(DistributedSampler):
-    """Images of one of several processes that evaluate together: each image is one's, and none is there twice.
+    """The samples of one rank in evaluation or prediction, none of which another rank has.
 
     Args:
-        indices: of these images.
-        replicas, rank: as in `Order`.
+        indices: Samples of this rank.
+        world_size: Number of processes.
+        rank: Number of this process.
     """
 
-    def __init__(self, indices: Sequence[int], replicas: int, rank: int):
-        super().__init__(indices, replicas, rank, shuffle=False)  # type: ignore[arg-type]
+    def __init__(self, indices: Sequence[int], world_size: int, rank: int):
+        super().__init__(indices, world_size, rank, shuffle=False)  # type: ignore[arg-type]
         self.indices = indices
 
     def __iter__(self) -> Iterator[Any]:
@@ -75,56 +81,57 @@ class RankSampler(DistributedSampler):
 
 
 class SeededDataset(Dataset[Any]):
-    """A data set by the keys of `Order`: random numbers of a sample are its own, whoever loads it, and when.
+    """A data set indexed by the keys of `TrainingSampler`, which seed each sample.
 
     Args:
-        dataset: raises DamagedError for an image that can't be read.
-        limit: so many of these are left out, and told; the next one takes their place.
+        dataset: Data set that raises DamagedError for an image that cannot be read.
+        max_skipped: Number of damaged images to skip with a warning; each is replaced by the next image.
     """
 
-    def __init__(self, dataset: Any, limit: int = 0):
-        self.dataset, self.limit = dataset, limit
-        self.damaged = torch.zeros(len(dataset) if limit else 0, dtype=torch.bool).share_memory_()  # of all workers
+    def __init__(self, dataset: Any, max_skipped: int = 0):
+        self.dataset, self.max_skipped = dataset, max_skipped
+        # Shared by all workers.
+        self.damaged = torch.zeros(len(dataset) if max_skipped else 0, dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Key | int) -> Any:
-        index, *rest = key if isinstance(key, tuple) else (key,)  # a plain one from Lightning's overfit_batches
-        if rest:
-            seed_sample(*rest)
-        if not self.limit:
+        index, *seeds = key if isinstance(key, tuple) else (key,)  # Lightning's overfit_batches gives a plain index
+        if seeds:
+            seed_sample(*seeds)
+        if not self.max_skipped:
             return self.dataset[index]
-        for place in range(index, index + len(self)):
-            index = place % len(self)
-            if not self.damaged[index]:
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            if not self.damaged[candidate]:
                 try:
-                    return self.dataset[index]
+                    return self.dataset[candidate]
                 except DamagedError as error:
-                    self.leave_out(index, error)
-        raise ValueError("all training images are damaged")
+                    self.skip(candidate, error)
+        raise ValueError("All training images are damaged.")
 
-    def leave_out(self, index: int, error: DamagedError) -> None:
-        """Counts an image that is damaged. Raises ValueError where the limit is reached."""
+    def skip(self, index: int, error: DamagedError) -> None:
+        """Record a damaged image. Raise ValueError where there are more than `max_skipped`."""
         self.damaged[index] = True
-        count = len(self.left_out())
-        if count > self.limit:
-            raise ValueError(f"{error}; {count} training images are damaged, but skip_damaged is {self.limit}")
-        log.warning("%s; is left out, as %d of up to %d", error, count, self.limit)
+        count = len(self.skipped())
+        if count > self.max_skipped:
+            raise ValueError(f"{error} {count} training images are damaged, but `skip_damaged` is {self.max_skipped}.")
+        log.warning("Skipping a damaged training image (%d of at most %d): %s", count, self.max_skipped, error)
 
-    def left_out(self) -> list[int]:
-        """Images that turned out to be damaged."""
+    def skipped(self) -> list[int]:
+        """Return the indices of the damaged images."""
         return self.damaged.nonzero().flatten().tolist()
 
 
 def ignore_signals_in_worker(worker: int) -> None:
-    """For a data worker: Ctrl-C and SIGTERM, which come to all processes of a group, are the main process's to heed.
+    """Leave Ctrl-C and SIGTERM, which all processes of a group receive, to the main process.
 
-    A second SIGTERM ends it: that is how a worker that hangs is ended.
+    A second SIGTERM ends the worker, so that one that hangs can be stopped.
     """
 
-    def once(number: int, frame: Any) -> None:
+    def end_on_next_signal(number: int, frame: Any) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, once)
+    signal.signal(signal.SIGTERM, end_on_next_signal)

@@ -1,43 +1,48 @@
-"""What is wrong with data on disk: gathered, so that all of it is told in one go."""
+"""Errors in data on disk, collected so that one message reports all of them."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from rich.console import Console
 from rich.progress import track
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 log = logging.getLogger(__name__)
 
 BadBoxes = Literal["error", "drop"]
+Value = TypeVar("Value", bound=Hashable)
 
 
 class DataError(ValueError):
-    """All that is wrong with a set; the message shows the first ten, and tells how many there are.
+    """All errors of a data set; the message shows the first ten and the total.
 
     Args:
-        faults: each with its file, and its line or number.
-        source: the set.
-        advice: what else to say where there are several.
+        faults: A message for each error, with its file, and its line or number.
+        source: The data set.
+        advice: Sentence to add to the message.
     """
 
     SHOWN = 10
 
     def __init__(self, faults: Sequence[str], source: Path | str, advice: str = ""):
         self.faults = list(faults)
-        shown = "\n".join(self.faults[: self.SHOWN])
-        count = len(self.faults)
-        told = f"{count} faults" + (f", the first {self.SHOWN} of them above" if count > self.SHOWN else "")
-        super().__init__(shown + advice if count == 1 else f"{shown}\n{source}: {told}{advice}")
+        lines = self.faults[: self.SHOWN]
+        if (count := len(self.faults)) > 1:
+            lines.append(
+                f"{source}: {count} faults" + (f", the first {self.SHOWN} above." if count > self.SHOWN else ".")
+            )
+        super().__init__("\n".join(lines) + (f" {advice}" if advice else ""))
 
 
 class LabelCheck:
-    """Gathers what is wrong as a reader of labels meets it, so that all of it is told in one go.
+    """Collects the errors of a label reader.
 
     Args:
-        bad_boxes: "error", or "drop" to leave objects with a bad box or mask out and say how many at the end.
+        bad_boxes: "error" to record an object with a bad box or mask as an error, "drop" to skip and count it.
     """
 
     def __init__(self, bad_boxes: BadBoxes = "error"):
@@ -46,74 +51,77 @@ class LabelCheck:
         self.dropped = 0
 
     def accepts(self, box: Sequence[float], width: float, height: float, slack: float, where: str) -> bool:
-        """Whether x1 y1 x2 y2 has an area and lies within `width` and `height`, give or take `slack` of rounding."""
+        """Return whether a box x1 y1 x2 y2 has an area and lies within the image, up to `slack`; else reject it."""
         x1, y1, x2, y2 = box
         if not (x2 > x1 and y2 > y1):
-            fault = "has no area"
+            problem = "has no area"
         elif x1 < -slack or y1 < -slack or x2 > width + slack or y2 > height + slack:
-            fault = f"is not within the image of {width:g} x {height:g}"
+            problem = f"is not within the image of {width:g} x {height:g}"
         else:
             return True
         corners = " ".join(f"{value:g}" for value in box)
-        self.reject(f"{where}: the box {corners} (x1 y1 x2 y2) {fault}")
+        self.reject(f"{where}: the box {corners} (x1 y1 x2 y2) {problem}")
         return False
 
-    def reject(self, told: str) -> None:
-        """An object that is a fault, or left out and counted."""
+    def reject(self, problem: str) -> None:
+        """Record a bad object as an error, or count it as dropped."""
         if self.bad_boxes == "error":
-            self.fail(f"{told}; mend it, or set bad_boxes to drop")
+            self.fail(f"{problem}; correct it, or set `bad_boxes` to drop.")
         else:
             self.dropped += 1
 
-    def fail(self, told: str) -> None:
-        """A fault that nothing but mending helps."""
-        self.faults.append(told)
+    def fail(self, message: str) -> None:
+        """Record an error that `bad_boxes` cannot drop."""
+        self.faults.append(message)
 
     def report(self, source: Path | str) -> None:
-        """Raises them, if any; logs how many objects were left out."""
+        """Raise DataError for the recorded errors, if any; log the number of dropped objects."""
         if self.faults:
             raise DataError(self.faults, source)
         if self.dropped:
             log.warning(
-                "%s: left out %d boxes of no area, outside their image, or with a damaged mask", source, self.dropped
+                "%s: dropped %d objects with no area, outside their image, or with a damaged mask", source, self.dropped
             )
 
 
-class FaultDataset(Dataset[str]):
-    """What is wrong with each sample of a data set, "" where nothing is."""
-
-    def __init__(self, dataset: Any, decode: bool):
-        self.dataset, self.decode = dataset, decode
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> str:
+def find_faults_in_batch(dataset: Any, decode: bool, indices: list[int]) -> list[str]:
+    faults = []
+    for index in indices:
         try:
-            if self.decode:
-                self.dataset.read(index)
-            else:
-                self.dataset.check_header(index)
+            dataset.read(index) if decode else dataset.check_header(index)
         except ValueError as error:
-            return str(error)
-        return ""
+            faults.append(str(error))
+    return faults
 
 
-def find_damaged_samples(dataset: Any, workers: int, decode: bool, what: str) -> list[str]:
-    """Faults of a data set that has `look` and `read`, in order; a progress bar meanwhile.
+def find_damaged_samples(dataset: Any, num_workers: int, decode: bool, name: str) -> list[str]:
+    """Return the error messages of damaged samples in order; show a progress bar on a terminal.
 
     Args:
-        dataset: `look` reads headers, `read` all of a sample; both raise ValueError.
-        workers: processes.
-        decode: whether to read all.
-        what: is looked at, for the bar.
+        dataset: Data set with `check_header(index)` and `read(index)`, which raise ValueError for a damaged sample.
+        num_workers: Number of processes.
+        decode: Whether to read whole samples instead of headers.
+        name: Name of the data set on the progress bar.
     """
     if len(dataset) < 512 and not decode:
-        workers = 0  # faster than processes start
-    loader = DataLoader(FaultDataset(dataset, decode), batch_size=64, num_workers=workers, collate_fn=list)
-    told = (fault for batch in loader for fault in batch)
+        num_workers = 0  # faster than starting processes
+    find_faults = partial(find_faults_in_batch, dataset, decode)  # the loader's workers call it
+    indices: Any = range(len(dataset))
+    loader = DataLoader(indices, batch_size=64, num_workers=num_workers, collate_fn=find_faults)
     console = Console(stderr=True)
-    bar = track(
-        told, f"Checking {what}", len(dataset), transient=True, console=console, disable=not console.is_terminal
-    )
-    return [fault for fault in bar if fault]
+    bar = track(loader, f"Checking {name}", transient=True, console=console, disable=not console.is_terminal)
+    return [fault for faults in bar for fault in faults]
+
+
+def find_repeated(values: Iterable[Value]) -> list[Value]:
+    """Return the values that occur more than once, in the order of their first occurrence."""
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value of a JSON file is a finite number below 1e15."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # false for nan
+
+
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,61 +1,49 @@
-"""Data in YOLO's format: an existing data.yaml works unchanged."""
+"""Data in YOLO's format; an existing data.yaml works unchanged."""
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse.typing import ClosedUnitInterval
 from torch.utils.data import Dataset
 
-from shunted_lit.data.base import DetectionDataModule, FolderDataset, Record, Sample
-from shunted_lit.data.image_io import IMAGE_SUFFIXES, read_lines, warn_unsupported_images
-from shunted_lit.data.masks import Segment
-from shunted_lit.data.validation import BadBoxes, LabelCheck
+from shunted_lit.data.detection import Box, DetectionDataModule, FolderDataset, Record, Sample
+from shunted_lit.data.image_io import IMAGE_ENDINGS, IMAGE_SUFFIXES, find_images, read_text
+from shunted_lit.data.validation import BadBoxes, LabelCheck, find_repeated
 
 log = logging.getLogger(__name__)
 
-SLACK = 1e-3  # of the image: what six decimals and a resize round
+SLACK = 1e-3  # of the image, by which a box may exceed it: rounding to six decimals and resizing
 
 
 class YoloDataModule(DetectionDataModule):
-    """Reads `data.yaml`: `path` (from the file's own folder, else from where one works), `train` and `val` (a folder, a
-    .txt list of images, or several), `names` (list or mapping).
+    """Images and labels that a `data.yaml` names.
 
-    Labels stand in `labels/` beside `images/`, or next to the image where no folder is named images: a line an object,
-    `class cx cy w h` in fractions of the image, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon, whose box is taken; where
-    masks are wanted, each line needs one. An image without a label file, or with an empty one, is background; how many
-    there are is logged.
+    `data.yaml` has `train` and `val` (a folder, a .txt list of images, or a list of these), `names` (list or mapping)
+    and optionally `path`, the folder that the splits are relative to: below the folder of `data.yaml`, else below the
+    working directory.
+
+    The labels of `images/a.jpg` are in `labels/a.txt`, or next to the image where no folder is called images. Each line
+    is an object: `class cx cy w h` in fractions of the image, or a polygon `class x1 y1 x2 y2 x3 y3 ...`, whose
+    bounding box is used; for masks, each line must be a polygon. An image with no label file, or an empty one, is
+    background; the number of these is logged.
 
     Args:
-        data: path of data.yaml.
-        batch_size, num_workers, flip, distort, crop: as in `DetectionDataModule`.
-        bad_boxes: "error", or "drop" to leave boxes of no area or outside their image out, and log how many.
-        annotation: "boxes", or "masks" to read polygons as masks; from the task, in `shunted-lit`.
-        check_images, skip_damaged: as in `BaseDataModule`.
+        data: Path of `data.yaml`.
+        crop: Probability of cropping a training image to a region that keeps some objects.
+        bad_boxes: "error", or "drop" to skip and count boxes that have no area or are outside their image.
+        options: Options of `DetectionDataModule`.
 
     Raises:
-        ValueError: naming the file and line, where data.yaml or a label file is not as above, a class is not among
-            the names, an image that a list or a label file tells of is missing, or there is no image.
+        ValueError: `data.yaml` or a label file is not as above, a class is not among the names, an image that a list or
+            a label file belongs to is missing, or there is no image. The message has the file and the line.
     """
 
-    def __init__(
-        self,
-        data: str,
-        batch_size: int = 16,
-        num_workers: int = 2,
-        flip: float = 0.5,
-        distort: float = 0.5,
-        crop: float = 0.5,
-        bad_boxes: BadBoxes = "error",
-        annotation: str | None = None,
-        check_images: bool = True,
-        skip_damaged: int = 0,
-    ):
-        super().__init__(batch_size, num_workers, flip, distort, crop, annotation, check_images, skip_damaged)
-        self.save_hyperparameters(logger=False)
+    def __init__(self, data: str, *, crop: ClosedUnitInterval = 0.5, bad_boxes: BadBoxes = "error", **options: Any):
+        super().__init__(crop=crop, **options)
         self.file, self.bad_boxes = Path(data), bad_boxes
         self.content = read_data_yaml(self.file)
         self.class_names = self.content["names"]
@@ -63,88 +51,81 @@ class YoloDataModule(DetectionDataModule):
     def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
         check = LabelCheck(self.bad_boxes)
         images = list_images(self.file, self.content, split, check)
-        labelled = [label_path(image) for image in images]
-        for label in (label for label, count in Counter(labelled).items() if count > 1):
-            check.fail(f"{self.file}, {split}: {label} belongs to several images, or one is named twice")
+        label_files = [label_path(image) for image in images]
+        for file in find_repeated(label_files):
+            check.fail(f"{self.file}, {split}: {file} belongs to several images, or to one that is named twice.")
         if split == "val" and self.content["train"] == self.content["val"]:
-            log.warning("%s: train and val are the same images, so scores tell nothing of others", self.file)
+            log.warning(
+                "%s: train and val are the same images, so the scores are not those of held-out data", self.file
+            )
         masks = self.annotation == "masks"
-        records = []
-        for i, (image, label) in enumerate(zip(images, labelled, strict=True)):
-            boxes, labels, segments = read_labels(label, self.class_names, check, masks)
-            records.append(Record(image, i, boxes, labels, segments=segments if masks else None))
-        find_orphans(images, labelled, check)
+        records = [Record(image, i, segments=[] if masks else None) for i, image in enumerate(images)]
+        for record, file in zip(records, label_files, strict=True):
+            read_labels(file, record, self.class_names, check)
+        find_orphans(images, label_files, check)
         self.report(check, self.file)
         return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
 
 
 def read_data_yaml(file: Path) -> dict[str, Any]:
-    """The content of data.yaml, `names` made a list."""
+    """Read `data.yaml`, with `names` as a list."""
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{file}: no such file; name the data.yaml of your data set") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{file}: not a readable YAML file ({error})") from error
+        content = yaml.safe_load(read_text(file))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not a readable YAML file ({error}).") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: has no entries; train, val and names are needed")
+        raise ValueError(f"{file}: has no entries; train, val and names are needed.")
     if missing := [key for key in ("train", "val", "names") if not content.get(key)]:
-        raise ValueError(f"{file}: {', '.join(missing)} missing; train, val and names are needed")
+        raise ValueError(f"{file}: {', '.join(missing)} missing; train, val and names are needed.")
     names = content["names"]
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            raise ValueError(f"{file}: names has the keys {list(names)}, but numbers 0 to {len(names) - 1} are needed")
+            raise ValueError(f"{file}: the keys of names must be 0 to {len(names) - 1}, got {list(names)}.")
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list):
-        raise ValueError(f"{file}: names is a {type(names).__name__}; a list, or a mapping from 0, 1, ... is needed")
+        raise ValueError(f"{file}: names must be a list, or a mapping from 0, 1, ..., got a {type(names).__name__}.")
     for label, name in enumerate(names):
-        if not isinstance(name, str | int | float):  # lists in it, which YAML's aliases may make huge, are not printed
-            raise ValueError(f"{file}: the name of class {label} is a {type(name).__name__}, but text is needed")
-    if repeated := [name for name, count in Counter(map(str, names)).items() if count > 1]:
-        raise ValueError(f"{file}: names holds {repeated[0]!r} twice")
+        if not isinstance(name, str | int | float):  # a list is not printed: YAML's aliases may make it huge
+            raise ValueError(f"{file}: the name of class {label} must be text, got a {type(name).__name__}.")
+    names = [str(name) for name in names]
+    if repeated := find_repeated(names):
+        raise ValueError(f"{file}: names has {repeated[0]!r} twice.")
     nc = content.get("nc", len(names))
     if not isinstance(nc, int | float | str) or nc != len(names):
-        told = repr(nc) if isinstance(nc, int | float | str) else f"a {type(nc).__name__}"
-        raise ValueError(f"{file}: nc is {told}, but names has {len(names)} entries")
-    return {**content, "names": [str(name) for name in names]}
+        given = repr(nc) if isinstance(nc, int | float | str) else f"a {type(nc).__name__}"
+        raise ValueError(f"{file}: nc must be {len(names)}, the number of names, got {given}.")
+    return {**content, "names": names}
 
 
 def list_images(file: Path, content: dict[str, Any], split: str, check: LabelCheck) -> list[Path]:
-    """Images of "train" or "val", sorted within each folder or list."""
-    for key in ("path", split):
-        entries = content.get(key) or []
-        for entry in entries if isinstance(entries, list) and key == split else [entries or "."]:
-            if not isinstance(entry, str):
-                raise ValueError(f"{file}: {key} is, or holds, a {type(entry).__name__}, but text is needed")
-    root = file.parent / str(content.get("path") or ".")
-    if not root.is_dir() and (here := Path(str(content["path"]))).is_dir():
-        root = here  # as Ultralytics reads it: from where one works
+    """Return the images of "train" or "val", sorted within each folder or list."""
+    path = content.get("path") or "."
     sources = content[split] if isinstance(content[split], list) else [content[split]]
+    for key, value in (("path", path), *((split, source) for source in sources)):
+        if not isinstance(value, str):
+            raise ValueError(f"{file}: {key} must be text, got a {type(value).__name__}.")
+    root = file.parent / path
+    if not root.is_dir() and Path(path).is_dir():
+        root = Path(path)  # relative to the working directory, as Ultralytics reads it
     images: list[Path] = []
-    for source in (root / str(entry) for entry in sources):
+    for source in (root / entry for entry in sources):
         if source.is_dir():
-            paths = sorted(source.rglob("*"))
-            images += [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-            warn_unsupported_images(source, paths)
-            if links := [path for path in paths if path.is_symlink() and path.is_dir()]:
-                log.warning("%s: %d links to folders are not entered, such as %s", source, len(links), links[0])
+            images += find_images(source)
         elif source.is_file() and source.suffix == ".txt":
-            for number, line in enumerate(read_lines(source), 1):
-                if line.strip():
-                    image = source.parent / line.strip()
-                    if image.is_file():
-                        images.append(image)
-                    else:
-                        check.fail(f"{source}, line {number}: there is no image {image}")
+            for number, line in enumerate(read_text(source).splitlines(), 1):
+                if line.strip() and not (source.parent / line.strip()).is_file():
+                    check.fail(f"{source}:{number}: there is no image {source.parent / line.strip()}.")
+                elif line.strip():
+                    images.append(source.parent / line.strip())
         else:
-            raise ValueError(f"{file}: {split} names {source}, which is neither a folder nor a .txt list of images")
+            raise ValueError(f"{file}: {split} names {source}, which is neither a folder nor a .txt list of images.")
     if not images:
-        raise ValueError(f"{file}: {split} holds no images; they end in {', '.join(sorted(IMAGE_SUFFIXES))}")
+        raise ValueError(f"{file}: {split} has no images; their names must end in {IMAGE_ENDINGS}.")
     return images
 
 
 def label_path(image: Path) -> Path:
-    """Where the labels of an image stand: the last folder called images becomes labels."""
+    """Return the label file of an image: the last folder called images becomes labels."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
         if parts[i] == "images":
@@ -153,69 +134,75 @@ def label_path(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def find_orphans(images: list[Path], labelled: list[Path], check: LabelCheck) -> None:
-    """A label file whose image is missing is a fault: its objects would be lost in silence."""
-    folders = {label.parent: image.parent for image, label in zip(images, labelled, strict=True)}
+def find_orphans(images: list[Path], label_files: list[Path], check: LabelCheck) -> None:
+    """Record a fault for each label file whose image is missing, since its objects would be lost silently."""
+    folders = {label.parent: image.parent for image, label in zip(images, label_files, strict=True)}
     for labels, pictures in sorted(folders.items()):
         if labels == pictures or not labels.is_dir():
-            continue  # beside the images, other text files may stand too
+            continue  # text files beside images may be anything
         stems = {path.stem for path in pictures.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
         for file in sorted(labels.glob("*.txt")):
             if file.stem not in stems and file.name != "classes.txt":
-                check.fail(f"{file}: no image in {pictures} belongs to these labels; add it, or remove the file")
+                check.fail(f"{file}: no image in {pictures} belongs to these labels; add it, or remove the file.")
 
 
-def read_labels(
-    file: Path, names: list[str], check: LabelCheck, masks: bool = False
-) -> tuple[list[tuple[float, float, float, float]], list[int], list[Segment]]:
-    """Boxes (x1 y1 x2 y2, in fractions of the image), classes and polygons of a label file; none where there is none.
+def read_labels(file: Path, record: Record, names: list[str], check: LabelCheck) -> None:
+    """Add the objects of a label file, in fractions of the image, to a record; none where there is no file.
 
-    Where `masks`, a line without a polygon is a fault.
+    Where the record has segments, a line without a polygon is a fault.
     """
-    boxes, labels = [], []
-    segments: list[Segment] = []
+    if not file.exists() and not file.is_symlink():  # a broken link is a fault, not background
+        return
     try:
-        there = file.exists() or file.is_symlink()  # one that leads nowhere is no background
-        lines = read_lines(file) if there else []
-    except (OSError, ValueError) as error:
+        lines = read_text(file).splitlines()
+    except ValueError as error:
         check.fail(str(error))
-        lines = []
+        return
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        where = f"{file}, line {number}"
+        where = f"{file}:{number}"
         try:
-            label, rest = read_line(line, names, masks)
+            label, numbers = parse_line(line, names, record.segments is not None)
         except ValueError as error:
             check.fail(f"{where}: {error}")
             continue
-        if len(rest) == 4:
-            cx, cy, w, h = rest
-            box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-        else:
-            box = (min(rest[0::2]), min(rest[1::2]), max(rest[0::2]), max(rest[1::2]))
+        box = enclosing_box(numbers)
         if check.accepts(box, 1, 1, SLACK, where):
-            boxes.append(box)
-            labels.append(label)
-            segments.append([rest])
-    return boxes, labels, segments
+            record.boxes.append(box)
+            record.labels.append(label)
+            if record.segments is not None:
+                record.segments.append([numbers])
 
 
-def read_line(line: str, names: list[str], masks: bool) -> tuple[int, list[float]]:
-    """Class and coordinates; ValueError where they are none."""
+def parse_line(line: str, names: list[str], masks: bool) -> tuple[int, list[float]]:
+    """Return the class of a label line, and the numbers after it: cx cy w h, or a polygon.
+
+    Raises:
+        ValueError: The line is not of that form, or no polygon although `masks` are needed.
+    """
     try:
-        values = [float(word) for word in line.split()]
+        label, *numbers = [float(word) for word in line.split()]
     except ValueError:
-        raise ValueError(f"{line.strip()!r} is not all numbers; class cx cy w h is needed") from None
-    if len(values) != 5 and (len(values) < 7 or len(values) % 2 == 0):
+        raise ValueError(f"expected numbers (class cx cy w h), got {line.strip()!r}.") from None
+    count = 1 + len(numbers)
+    if count != 5 and (count < 7 or count % 2 == 0):
         raise ValueError(
-            f"{len(values)} numbers; class cx cy w h (5) or class x1 y1 x2 y2 x3 y3 ... (7, 9, ...) needed"
+            f"expected 5 numbers (class cx cy w h), or 7, 9, ... (class x1 y1 x2 y2 x3 y3 ...), got {count}."
         )
-    if not all(map(math.isfinite, values)):
-        raise ValueError(f"{line.strip()!r} holds a number that is not finite")
-    label, *rest = values
+    if not all(map(math.isfinite, (label, *numbers))):
+        raise ValueError(f"numbers must be finite, got {line.strip()!r}.")
     if label != int(label) or not 0 <= label < len(names):
-        raise ValueError(f"class {label:g}, but names has the classes 0 to {len(names) - 1}")
-    if masks and len(rest) == 4:
-        raise ValueError("a box, but masks are wanted: class x1 y1 x2 y2 x3 y3 ... is needed on each line")
-    return int(label), rest
+        raise ValueError(f"class must be 0 to {len(names) - 1}, an index of names, got {label:g}.")
+    if masks and count == 5:
+        raise ValueError("masks need a polygon on each line (class x1 y1 x2 y2 x3 y3 ...), got a box.")
+    return int(label), numbers
+
+
+def enclosing_box(numbers: list[float]) -> Box:
+    """Return x1 y1 x2 y2 of a box cx cy w h, or around a polygon."""
+    if len(numbers) == 4:
+        cx, cy, w, h = numbers
+        return (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    xs, ys = numbers[0::2], numbers[1::2]
+    return (min(xs), min(ys), max(xs), max(ys))

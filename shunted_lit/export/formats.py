@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from shunted_lit.data.classification import eval_transform_options
-from shunted_lit.data.shapes import ShapesDataset
+from shunted_lit.data.shapes import SceneOptions, ShapesDataset
 from shunted_lit.export.batched_detectors import Normalized, batched, with_free_bins
 from shunted_lit.models.shunted import ShuntedTransformer
 from shunted_lit.models.timm_registry import VARIANTS
@@ -419,7 +419,8 @@ def check_inputs(parts: Exportable, fixed: Mapping[str, int | None]) -> list[Ten
         batch, height, width = (fixed[name] or size for name, size in zip(fixed, sizes, strict=True))
         if parts.pictures and parts.channels == 3:
             side = max(height, width, 16)
-            scenes: Any = ShapesDataset("val", batch, 0, side, 6, 12, "boxes", lambda image, target: image)
+            options = SceneOptions("boxes", seed=0, size=side, min_extent=6, max_objects=12)
+            scenes: Any = ShapesDataset("val", batch, options, lambda image, target: image)
             images = [scenes[i].as_subclass(Tensor)[:, :height, :width] / 255 for i in range(batch)]
             inputs.append(torch.stack(images))
         else:

@@ -28,6 +28,13 @@ def check_fraction(**values: Any) -> None:
             raise ValueError(f"`{name}` must be between 0 and 1, got {value}.")
 
 
+def check_range(**values: tuple[float, float]) -> None:
+    """Raise ValueError for the first pair that is not a range: two numbers above 0, the first not the greater."""
+    for name, (low, high) in values.items():
+        if not 0 < low <= high:
+            raise ValueError(f"`{name}` must be two numbers above 0 in ascending order, got {low} and {high}.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError, with close names, where `value` is not one of `choices`."""
     known = sorted(choices)

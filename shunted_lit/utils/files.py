@@ -1,4 +1,4 @@
-"""Nothing of a user's is overwritten: commands write to new files and folders."""
+"""Files that commands write: existing files are never overwritten, and no file is left incomplete."""
 
 import hashlib
 import json
@@ -10,50 +10,50 @@ from filelock import FileLock, Timeout
 
 
 def check_new_folder(out: Path) -> None:
-    """Raises ValueError where `out` is there already and holds something."""
+    """Raise ValueError where `out` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and not empty; name a new folder")
+        raise ValueError(f"{out} already exists and is not empty; choose a new folder.")
 
 
 def check_new_file(out: Path, suffix: str) -> None:
-    """Raises ValueError where `out` has another suffix, or is there already."""
+    """Raise ValueError where the name of `out` does not end in `suffix`, or `out` exists."""
     if out.suffix != suffix:
-        raise ValueError(f"{out}: the name must end in {suffix}")
+        raise ValueError(f"{out}: the file name must end in {suffix}.")
     if out.exists():
-        raise ValueError(f"{out} is there already; remove it, or name another file")
+        raise ValueError(f"{out} already exists; remove it or choose another file.")
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """A lock on a folder that one process writes to, until it is released or the process ends.
+    """Create and lock a folder that only one process may write to, until the lock is released or the process ends.
 
     Raises:
-        ValueError: another one has it.
+        ValueError: Another process holds the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder}: another process is writing to it; wait for it, or name another folder") from None
+        raise ValueError(f"{folder}: another process is writing to it; wait for it or choose another folder.") from None
     return lock
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Writes beside the place of a file and moves it there: what stands there is whole."""
+    """Write a text file under a temporary name, then rename it, so that an existing `file` is always complete."""
     part = file.with_name(f"{file.name}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(file)
 
 
-def fingerprint_files(files: Iterable[Path], *known: Any) -> str:
-    """By which it is known whether one of the files has changed, by size and time, or what is known of them."""
-    found = [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
-    return fingerprint(json.dumps([found, *known]).encode())
+def fingerprint_files(files: Iterable[Path], *content: Any) -> str:
+    """Return a fingerprint of the files' sizes and modification times, and of further JSON content."""
+    states = [(state.st_size, state.st_mtime_ns) for state in (file.stat() for file in files)]
+    return fingerprint(json.dumps([states, *content]).encode())
 
 
 def fingerprint(*contents: Any) -> str:
-    """By which bytes, or arrays of bytes, are known again."""
-    found = hashlib.sha256()
+    """Return a fingerprint (16 hexadecimal digits) of bytes or byte arrays."""
+    sha = hashlib.sha256()
     for content in contents:
-        found.update(content)
-    return found.hexdigest()[:16]
+        sha.update(content)
+    return sha.hexdigest()[:16]

@@ -1,6 +1,7 @@
-"""Random numbers that follow from the run's seed and a place in the run, not from what was drawn before.
+"""Random seeds derived from the run's seed and a position in the run.
 
-So a run that was cut off goes on, in mid-epoch too, as if it had not been, and the number of workers changes nothing.
+Random numbers do not depend on what was drawn before. A resumed run therefore continues as if it had not been
+interrupted, in mid-epoch too, and the number of workers changes nothing.
 """
 
 import random
@@ -12,22 +13,22 @@ import torch
 
 
 def derive_seeds(*key: int) -> list[int]:
-    """Three seeds of 32 bits, from whole numbers of 0 or more."""
+    """Return three 32-bit seeds that depend on the key, integers of at least 0."""
     return np.random.SeedSequence(key).generate_state(3).tolist()
 
 
 def seed_generators(seed_torch: Callable[[int], Any], *key: int) -> None:
-    python, numpy, torchs = derive_seeds(*key)
-    random.seed(python)
-    np.random.seed(numpy)
-    seed_torch(torchs)
+    python_seed, numpy_seed, torch_seed = derive_seeds(*key)
+    random.seed(python_seed)
+    np.random.seed(numpy_seed)
+    seed_torch(torch_seed)
 
 
 def seed_sample(*key: int) -> None:
-    """Sets the generators that data are augmented by: Python's, numpy's, and torch's on the CPU."""
+    """Seed the generators that augmentation uses: Python's, NumPy's, and PyTorch's on the CPU."""
     seed_generators(torch.default_generator.manual_seed, 0, *key)
 
 
 def seed_step(*key: int) -> None:
-    """Sets all generators of a process, those of its devices too."""
+    """Seed all generators of the process, including those of its devices."""
     seed_generators(torch.manual_seed, 1, *key)

@@ -337,7 +337,7 @@ def test_scenes_command(tmp_path):
     assert [image["file_name"] for image in content["images"]] == ["000000.png", "000001.png", "000002.png"]
     done = run("scenes", str(tmp_path / "set"))
     assert done.returncode == 2
-    assert "not empty; name a new folder" in done.stderr
+    assert "not empty; choose a new folder" in done.stderr
 
 
 def test_help_names_the_other_commands(capsys):
@@ -368,7 +368,7 @@ SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "-
 
 @pytest.mark.parametrize(("words", "message"), [
     (["--model.pyramid_channels=0"], "pyramid_channels is 0"),
-    (["--data=DetectionDataModule"], "DetectionDataModule is a base of data modules"),
+    (["--data=DetectionDataModule"], "DetectionDataModule is a base class; choose a data module that reads data"),
 ])  # fmt: skip
 def test_settings_that_can_not_be_are_told(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

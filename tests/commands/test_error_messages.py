@@ -21,7 +21,7 @@ from shunted_lit.data import (
     ShapesDataModule,
     YoloDataModule,
 )
-from shunted_lit.data.image_io import DamagedError, read_image, read_lines, read_size
+from shunted_lit.data.image_io import DamagedError, read_image, read_size, read_text
 from shunted_lit.data.sampling import SeededDataset
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.export.batched_detectors import batched
@@ -59,8 +59,8 @@ class Nothing(torch.utils.data.Dataset):
     (lambda: ShuntedBackbone(dims=(64,)), r"have \[1, 4, 4, 4, 4\] entries; give each one a stage"),
     (lambda: ShuntedBackbone().forward_intermediates(torch.rand(1, 3, 32, 32), output_fmt="NLC"), "is 'NLC'"),
     (lambda: RunReport(-1), "report.images is -1, but 0 is the least"),
-    (lambda: ShapesDataModule(seed=-1), "seed is -1, but at least 0"),
-    (lambda: SeededDataset(Nothing(), 5)[0], "all training images are damaged"),
+    (lambda: ShapesDataModule(seed=-1), "`seed` must be at least 0, got -1"),
+    (lambda: SeededDataset(Nothing(), 5)[0], "All training images are damaged"),
     (lambda: benchmark(device="cuda", necks=["neck"], backbones=[]), "device is cuda, but torch sees no such GPU"),
 ])  # fmt: skip
 def test_arguments_that_cannot_be(call, told):
@@ -71,7 +71,7 @@ def test_arguments_that_cannot_be(call, told):
 
 
 @pytest.mark.parametrize(("options", "told"), [
-    ({"train": 0}, "train is 0, but at least 1"), ({"size": 8}, "size is 8, but at least 16"),
+    ({"train": 0}, "`train` must be at least 1, got 0"), ({"size": 8}, "`size` must be at least 16, got 8"),
 ])  # fmt: skip
 def test_scenes_that_cannot_be(options, told, tmp_path):
     with pytest.raises(ValueError, match=told):
@@ -91,7 +91,7 @@ def test_what_is_not_installed_is_told(command, monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] in ("sklearn", "skimage")]:
         monkeypatch.delitem(sys.modules, name)
     words = ["--kind=digits"] if command == "scenes" else []
-    with pytest.raises(ValueError, match=r"digits need scikit-learn .*pip install 'shunted-lit\[demo\]'"):
+    with pytest.raises(ValueError, match=r"Digits need scikit-learn .*pip install 'shunted-lit\[demo\]'"):
         cli.main([command, str(tmp_path / "out"), *words])
 
 
@@ -101,14 +101,15 @@ def test_what_is_not_installed_is_told(command, monkeypatch, tmp_path):
 ])  # fmt: skip
 def test_categories_that_cannot_be(categories, told, tmp_path):
     (tmp_path / "all.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    same = ("images", "all.json")
+    files = {f"{split}_{kind}": name for split in ("train", "val")
+             for kind, name in (("images", "images"), ("annotations", "all.json"))}  # fmt: skip
     with pytest.raises(ValueError, match=told):
-        CocoDataModule(str(tmp_path), *same, *same).class_names  # noqa: B018
+        CocoDataModule(str(tmp_path), **files).class_names  # noqa: B018
 
 
 def test_floating_point_images_are_told(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DamagedError, match=r"a\.tif: not a readable image \(mode F: 8 or 16 bits a pixel are read\)"):
+    with pytest.raises(DamagedError, match=r"a\.tif: not a readable image \(mode F: 8 or 16 bits per pixel are "):
         read_image(tmp_path / "a.tif")
 
 
@@ -122,7 +123,8 @@ def test_samples_have_the_names_of_their_files(tmp_path):
     assert folders.dataset("val").read(0).size == (8, 8)
     assert len(list(folders.predict_dataloader())) == 1
     assert folders.state_dict() == {}, "there is no run"
-    maps = MaskFolderDataModule(str(tmp_path), ["x", "y"], *["train/a"] * 2, *["val/a"] * 2, num_workers=0)
+    maps = MaskFolderDataModule(str(tmp_path), names=["x", "y"], num_workers=0, train_images="train/a",
+                                train_masks="train/a", val_images="val/a", val_masks="val/a")  # fmt: skip
     assert maps.dataset("train").name_of(0) == str(tmp_path / "train/a/1.png")
     with pytest.raises(IndexError):
         ShapesDataModule(train_size=2).dataset("train")[2]
@@ -182,13 +184,13 @@ def test_an_error_of_no_known_kind_keeps_its_traceback(monkeypatch):
         cli.command()
 
 
-def test_pipes_are_no_files(tmp_path):
+def test_pipes_are_not_read(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     for read in (read_image, read_size):
         with pytest.raises(DamagedError, match=r"a\.png: not a readable image \(it is not a file\)"):
             read(tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"a\.png: not a readable text file \(it is not a file\)"):
-        read_lines(tmp_path / "a.png")
+        read_text(tmp_path / "a.png")
 
 
 def test_images_of_other_formats_in_yolo_folders_are_counted(tmp_path, caplog):
@@ -199,7 +201,7 @@ def test_images_of_other_formats_in_yolo_folders_are_counted(tmp_path, caplog):
     (tmp_path / "labels/a.txt").write_text("0 0.5 0.5 0.5 0.5")
     (tmp_path / "data.yaml").write_text("{train: images, val: images, names: [cat]}")
     YoloDataModule(str(tmp_path / "data.yaml"), num_workers=0).dataset("val")
-    assert "images: images of other formats are left out (1 .gif)" in caplog.text
+    assert "images: skipping images in unsupported formats (1 .gif)" in caplog.text
 
 
 def test_a_start_that_fails_leaves_no_folder(tmp_path):

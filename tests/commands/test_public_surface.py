@@ -40,7 +40,15 @@ FURTHER = {  # of modules that name no public ones, what README tells of
 
 
 def arguments(thing):
-    return [name for name in inspect.signature(thing).parameters if name not in ("self", "keywords")]
+    """Return the names of the arguments, with those of the base classes that `**options` passes on."""
+    parameters = inspect.signature(thing).parameters.values()
+    passed_on = ("keywords", "options")
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD or p.name not in passed_on]
+    if len(names) < len(parameters) and isinstance(thing, type):
+        for base in thing.__mro__[1:]:
+            if base.__module__.startswith("shunted_lit.data"):
+                names += [name for name in arguments(base) if name not in names]
+    return [name for name in names if name != "self"]
 
 
 def surface():

@@ -1,4 +1,4 @@
-"""Data in shards: equal to the folder's, in any order, from a disk and from a server; and what is wrong with them."""
+"""Data in shards: equality with folders, order, disks and servers, and damaged shards."""
 
 import functools
 import http.server
@@ -26,7 +26,7 @@ from shunted_lit.data import (
     YoloDataModule,
 )
 from shunted_lit.data.sampling import TrainingSampler
-from shunted_lit.data.shards import Shards, fault_of_known
+from shunted_lit.data.shards import ShardIndex, Shards, find_entry_fault
 from shunted_lit.utils.files import lock_folder
 from shunted_lit.utils.seeds import seed_sample
 
@@ -47,38 +47,38 @@ def folder(tmp_path_factory):
     return root
 
 
-def write(out, *words, data="ImageFolderDataModule", samples=5):
+def write_shards(out, *words, data="ImageFolderDataModule", samples=5):
     main(["shard", f"--data={data}", *words, "--data.num_workers=0", f"--out={out}", f"--samples={samples}"])
     return out
 
 
 @pytest.fixture(scope="module")
 def shards(folder, tmp_path_factory):
-    """The same in shards of 5 images."""
-    return write(tmp_path_factory.mktemp("shards") / "out", f"--data.root={folder}")
+    """The images of `folder` in shards of 5."""
+    return write_shards(tmp_path_factory.mktemp("shards") / "out", f"--data.root={folder}")
 
 
-def by_name(dataset):
+def indices_by_name(dataset):
     return {dataset.name_of(index): index for index in range(len(dataset))}
 
 
-def test_samples_are_those_of_the_folder(folder, shards):
-    there, here = ImageFolderDataModule(str(folder), **SMALL), ClassificationShardsDataModule(str(shards), **SMALL)
-    assert here.class_names == there.class_names
+def test_samples_equal_those_of_the_folder(folder, shards):
+    expected, actual = ImageFolderDataModule(str(folder), **SMALL), ClassificationShardsDataModule(str(shards), **SMALL)
+    assert actual.class_names == expected.class_names
     for split in ("train", "val"):
-        left, right = there.dataset(split), here.dataset(split)
-        assert by_name(left).keys() == by_name(right).keys()
+        left, right = expected.dataset(split), actual.dataset(split)
+        assert indices_by_name(left).keys() == indices_by_name(right).keys()
         assert len(left) == len(right)
-        for name, index in by_name(left).items():
+        for name, index in indices_by_name(left).items():
             pair = []
-            for dataset, place in ((left, index), (right, by_name(right)[name])):
+            for dataset, place in ((left, index), (right, indices_by_name(right)[name])):
                 seed_sample(1, 2, 3)  # so that both are augmented alike
                 pair.append(dataset[place])
             assert torch.equal(pair[0][0], pair[1][0])
             assert pair[0][1] == pair[1][1]
 
 
-def test_others_read_them(folder, shards):
+def test_webdataset_reads_the_shards(folder, shards):
     """WebDataset's own reader finds each image, byte for byte, and its class."""
     urls = [str(path) for path in sorted((shards / "train").glob("*.tar"))]
     found = Counter()
@@ -92,8 +92,8 @@ def test_others_read_them(folder, shards):
     assert set(found.values()) == {1}
 
 
-def coco(root):
-    """Two splits of one set in COCO's format, with masks, a crowd and an image without objects."""
+def write_coco(root):
+    """Write one set for both splits in COCO's format, with masks, a crowd and an image without objects."""
     (root / "images").mkdir(parents=True)
     generator = np.random.default_rng(1)
     images, annotations = [], []
@@ -114,10 +114,10 @@ def coco(root):
 
 
 @pytest.mark.parametrize("annotation", ["boxes", "masks"])
-def test_objects_are_those_of_coco(annotation, tmp_path):
-    options = coco(tmp_path / "coco")
+def test_objects_equal_those_of_coco(annotation, tmp_path):
+    options = write_coco(tmp_path / "coco")
     words = [f"--data.{name}={value}" for name, value in options.items()]
-    out = write(
+    out = write_shards(
         tmp_path / "out",
         *words,
         "--model=DetectionTask",
@@ -125,44 +125,45 @@ def test_objects_are_those_of_coco(annotation, tmp_path):
         data="CocoDataModule",
         samples=4,
     )
-    there = CocoDataModule(**options, annotation=annotation, num_workers=0)
-    here = DetectionShardsDataModule(str(out), annotation=annotation, num_workers=0)
-    assert here.class_names == ["cat", "dog"]
+    expected = CocoDataModule(**options, annotation=annotation, num_workers=0)
+    actual = DetectionShardsDataModule(str(out), annotation=annotation, num_workers=0)
+    assert actual.class_names == ["cat", "dog"]
     for split in ("train", "val"):
-        left, right = there.dataset(split), here.dataset(split)
-        assert by_name(left).keys() == by_name(right).keys()
-        for name, index in by_name(left).items():
+        left, right = expected.dataset(split), actual.dataset(split)
+        assert indices_by_name(left).keys() == indices_by_name(right).keys()
+        for name, index in indices_by_name(left).items():
             pair = []
-            for dataset, place in ((left, index), (right, by_name(right)[name])):
+            for dataset, place in ((left, index), (right, indices_by_name(right)[name])):
                 seed_sample(1, 2, 3)
                 pair.append(dataset[place])
             torch.testing.assert_close(*pair, rtol=0, atol=0)
 
 
-def test_fractions_of_yolo_stay_fractions(tmp_path):
+def test_boxes_of_yolo_stay_fractions(tmp_path):
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     for i in range(3):
         Image.new("RGB", (30 + i, 20)).save(tmp_path / f"images/{i}.png")
         (tmp_path / f"labels/{i}.txt").write_text("0 0.5 0.5 0.25 0.5\n")
     (tmp_path / "data.yaml").write_text("{train: images, val: images, names: [cat]}")
-    out = write(tmp_path / "out", f"--data.data={tmp_path / 'data.yaml'}", data="YoloDataModule")
-    here = DetectionShardsDataModule(str(out), num_workers=0).dataset("val")
-    there = YoloDataModule(str(tmp_path / "data.yaml"), num_workers=0).dataset("val")
+    out = write_shards(tmp_path / "out", f"--data.data={tmp_path / 'data.yaml'}", data="YoloDataModule")
+    actual = DetectionShardsDataModule(str(out), num_workers=0).dataset("val")
+    expected = YoloDataModule(str(tmp_path / "data.yaml"), num_workers=0).dataset("val")
     for index in range(3):
-        torch.testing.assert_close(here[index], there[index], rtol=0, atol=0)
-    with pytest.raises(ValueError, match="has boxes, but masks are wanted; choose other data"):
+        torch.testing.assert_close(actual[index], expected[index], rtol=0, atol=0)
+    with pytest.raises(ValueError, match="has boxes, but masks are needed; choose other data"):
         DetectionShardsDataModule(str(out), annotation="masks")
 
 
 # --- the order
 
 
-class Counted:
-    """A data set whose shards have so many images each."""
+class CountedDataset:
+    """A data set whose shards have the given numbers of images."""
 
     def __init__(self, counts, window):
         self.shards = object.__new__(Shards)
+        self.shards.index = ShardIndex([], [], counts, [], "class", False)
         self.shards.counts, self.shards.window, self.shards.root = torch.tensor(counts), window, ""
         self.shards.ends = np.cumsum(counts)
 
@@ -171,27 +172,27 @@ class Counted:
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-def test_an_epoch_has_each_image_once_over_all_processes(replicas):
-    dataset = Counted([7, 5, 9, 3], 2)
+def test_an_epoch_has_each_image_once_over_all_ranks(replicas):
+    dataset = CountedDataset([7, 5, 9, 3], 2)
     keys = [key for rank in range(replicas) for key in TrainingSampler(dataset, replicas, rank, seed=1)]
     assert set(range(24)) == {key[0] for key in keys}
     assert len(keys) == 24
-    assert len({key[3] for key in keys}) == 24, "each has random numbers of its own"
+    assert len({key[3] for key in keys}) == 24, "each has its own seed"
     assert [key[0] for key in keys] != [
-        key[0] for rank in range(replicas) for key in TrainingSampler(dataset, replicas, rank, 2)
+        key[0] for rank in range(replicas) for key in TrainingSampler(dataset, replicas, rank, seed=2)
     ]
 
 
-def test_a_run_goes_on_in_mid_epoch():
-    dataset = Counted([7, 5, 9, 3], 2)
+def test_the_order_resumes_in_mid_epoch():
+    dataset = CountedDataset([7, 5, 9, 3], 2)
     assert (
         list(TrainingSampler(dataset, 2, 1, seed=1, epoch=3, start=5))
         == list(TrainingSampler(dataset, 2, 1, seed=1, epoch=3))[5:]
     )
 
 
-def test_few_shards_are_in_use_at_a_time_and_mixed():
-    dataset = Counted([100] * 40, 4)
+def test_few_shards_are_in_use_at_a_time_and_they_are_mixed():
+    dataset = CountedDataset([100] * 40, 4)
     images = torch.tensor([key[0] for key in TrainingSampler(dataset, 1, 0, seed=0)]) // 100
     lasts = {shard: int((images == shard).nonzero().max()) for shard in range(40)}
     firsts = {shard: int((images == shard).nonzero().min()) for shard in range(40)}
@@ -200,24 +201,24 @@ def test_few_shards_are_in_use_at_a_time_and_mixed():
     batches = [len(set(images[start : start + 32].tolist())) for start in range(800, 3200, 32)]
     assert np.mean(batches) > 3.5, "of 4 to 6"
     shared = [{key[0] // 100 for key in TrainingSampler(dataset, 4, rank, seed=0)} for rank in range(4)]
-    assert max(map(len, shared)) <= 10 + 2 * 5, "of 40: a stretch, and what mixes in at its ends"
+    assert max(map(len, shared)) <= 10 + 2 * 5, "of 40: a consecutive part, and those mixed in at its ends"
 
 
-def test_an_image_is_repeated_within_its_process():
-    dataset = Counted([6, 6], 2)
+def test_repeated_images_stay_on_their_rank():
+    dataset = CountedDataset([6, 6], 2)
     images = [key[0] for key in TrainingSampler(dataset, 2, 0, seed=0, repeats=3)]
     assert sorted(Counter(images).values()) == [3, 3]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(workers, shards):
+def test_the_number_of_workers_changes_nothing(workers, shards):
     batches = []
     for count in (0, workers):
         data = ClassificationShardsDataModule(str(shards), **{**SMALL, "num_workers": count}, window=2)
         data.resumed = {"seed": 3, "epoch": 0, "batches": 1}
         data.setup("fit")
         batches.append(list(data.train_dataloader()))
-    assert len(batches[0]) == 4, "of 5 whole ones the first was seen"
+    assert len(batches[0]) == 4, "the first of 5 full batches was seen"
     torch.testing.assert_close(*batches, rtol=0, atol=0)
 
 
@@ -231,8 +232,7 @@ CLASSIFIER = ["--model=ClassificationTask", "--model.backbone_options={stem: pat
               "--data.image_size=24", "--data.batch_size=4", "--data.num_workers=1"]  # fmt: skip
 
 
-def test_training_and_prediction_by_shards(shards, folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_training_on_shards_and_prediction(shards, folder):
     run = fit("ClassificationShardsDataModule", shards, *CLASSIFIER)
     assert (run / "checkpoints/best.ckpt").is_file()
     main(["predict", f"--ckpt_path={run / 'checkpoints/best.ckpt'}", f"--data.images={folder / 'val/a'}",
@@ -243,39 +243,49 @@ def test_training_and_prediction_by_shards(shards, folder, tmp_path, monkeypatch
 # --- a server
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    asked: ClassVar[Counter] = Counter()
+class CountingHandler(http.server.SimpleHTTPRequestHandler):
+    requests: ClassVar[Counter] = Counter()
 
     def log_message(self, *args):
-        self.asked[self.path] += self.command == "GET"
+        self.requests[self.path] += self.command == "GET"
 
 
 @pytest.fixture
 def server(shards):
-    """URL of the shards, and how often each file was fetched."""
-    Quiet.asked.clear()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(shards))) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{found.server_port}", Quiet.asked
-        found.shutdown()
+    """URL of the shards, and the number of requests for each file."""
+    CountingHandler.requests.clear()
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(CountingHandler, directory=str(shards))
+    ) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", CountingHandler.requests
+        server.shutdown()
 
 
-def test_shards_of_a_server_are_fetched_once_and_trained_on(server, shards, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    url, asked = server
-    fit(
-        "ClassificationShardsDataModule", url, *CLASSIFIER, f"--data.cache={tmp_path / 'cache'}", "--data.num_workers=2"
-    )
-    tars = {path: count for path, count in asked.items() if path.endswith(".tar")}
+def read_both_splits(url, cache):
+    data = ClassificationShardsDataModule(url, **{**SMALL, "num_workers": 2}, cache=cache)
+    data.setup("fit")
+    assert len(list(data.train_dataloader())) + len(list(data.val_dataloader())) == 5 + 2
+
+
+def train_and_validate(url, cache):
+    fit("ClassificationShardsDataModule", url, *CLASSIFIER, f"--data.cache={cache}", "--data.num_workers=2")
+
+
+@pytest.mark.parametrize("use", [read_both_splits, pytest.param(train_and_validate, marks=pytest.mark.slow)])
+def test_shards_of_a_server_are_fetched_once(use, server, shards, tmp_path):
+    url, requests = server
+    use(url, str(tmp_path / "cache"))
+    tars = {path: count for path, count in requests.items() if path.endswith(".tar")}
     assert tars == {f"/{path.relative_to(shards)}": 1 for path in shards.rglob("*.tar")}
-    there, here = (ClassificationShardsDataModule(str(root), **SMALL, cache=str(tmp_path / "cache")).dataset("val")
+    expected, actual = (ClassificationShardsDataModule(str(root), **SMALL, cache=str(tmp_path / "cache")).dataset("val")
                    for root in (shards, url))  # fmt: skip
     for index in range(7):
-        assert torch.equal(there[index][0], here[index][0])
-    assert asked["/val/000000.tar"] == 1, "they are kept"
+        assert torch.equal(expected[index][0], actual[index][0])
+    assert requests["/val/000000.tar"] == 1, "shards are cached"
 
 
-def test_the_cache_keeps_its_bound(server, shards, tmp_path):
+def test_the_cache_keeps_its_limit(server, shards, tmp_path):
     url = server[0]
     largest = max(path.stat().st_size for path in shards.rglob("*.tar"))
     bound = 3.5 * largest / 1e9
@@ -286,61 +296,61 @@ def test_the_cache_keeps_its_bound(server, shards, tmp_path):
         assert len(list(data.train_dataloader())) == 5
         for cache in tmp_path.iterdir():
             assert sum(path.stat().st_size for path in cache.glob("*.tar")) <= bound * 1e9
-    with pytest.raises(ValueError, match=r"cache_gb is .*, but .* GB are in use at a time \(3 shards of up to .* MB\)"):
+    with pytest.raises(ValueError, match=r"`cache_gb` must be at least .*, got .*: 3 shards of up to .* MB are in use"):
         ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path), cache_gb=bound / 2, window=1)
 
 
-def test_a_shard_that_a_server_has_not_is_told(server, shards, tmp_path, monkeypatch):
+def test_a_shard_that_a_server_lacks_raises(server, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("shunted_lit.data.shards.time.sleep", lambda seconds: None)
     kept = shards / "val/000001.tar"
     content = kept.read_bytes()
     data = ClassificationShardsDataModule(server[0], **SMALL, cache=str(tmp_path))
     try:
         kept.unlink()
-        with pytest.raises(ValueError, match=r"http://127.*/val/000001\.tar: can't be read \(.*"):
+        with pytest.raises(ValueError, match=r"http://127.*/val/000001\.tar: cannot be read \(.*"):
             data.dataset("val")[6]
         kept.write_bytes(content[:-512])
         with pytest.raises(
-            ValueError, match=r"val/000001\.tar: can't be read \(\d+ bytes came, but its index says \d+"
+            ValueError, match=r"val/000001\.tar: cannot be read \(received \d+ bytes, but its index states \d+"
         ):
             data.dataset("val")[6]
     finally:
         kept.write_bytes(content)
     assert data.dataset("val")[6][1] in range(3)
-    with pytest.raises(ValueError, match=r"/nothing/train/index\.json: can't be read .*; `shunted-lit shard` writes"):
+    with pytest.raises(ValueError, match=r"/nothing/train/index\.json: cannot be read .*; `shunted-lit shard` writes"):
         ClassificationShardsDataModule(f"{server[0]}/nothing", **SMALL)
 
 
-# --- writing, and what is wrong
+# --- writing, and damaged shards
 
 
-def test_writing_that_was_cut_off_goes_on(folder, shards, tmp_path, monkeypatch):
-    read, count = writing.read_bytes, iter(range(100))
+def test_interrupted_writing_resumes(folder, shards, tmp_path, monkeypatch):
+    read_bytes, count = writing.read_bytes, iter(range(100))
 
     def fails(path):
         if next(count) == 12:
             raise KeyboardInterrupt
-        return read(path)
+        return read_bytes(path)
 
     monkeypatch.setattr(writing, "read_bytes", fails)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path / "out", f"--data.root={folder}")
+        write_shards(tmp_path / "out", f"--data.root={folder}")
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.tar")}
     assert len(done) == 2, "12 of 5 images each"
-    with pytest.raises(ValueError, match=r"train/index\.json: can't be read"):
+    with pytest.raises(ValueError, match=r"train/index\.json: cannot be read"):
         ClassificationShardsDataModule(str(tmp_path / "out"))
-    monkeypatch.setattr(writing, "read_bytes", read)
+    monkeypatch.setattr(writing, "read_bytes", read_bytes)
     with pytest.raises(ValueError, match=r"holds shards of other data, .* or of another number of samples"):
-        write(tmp_path / "out", f"--data.root={folder}", samples=6)
-    write(tmp_path / "out", f"--data.root={folder}")
+        write_shards(tmp_path / "out", f"--data.root={folder}", samples=6)
+    write_shards(tmp_path / "out", f"--data.root={folder}")
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
     for path in shards.rglob("*"):
         if path.is_file():
             assert (tmp_path / "out" / path.relative_to(shards)).read_bytes() == path.read_bytes(), path
-    write(tmp_path / "out", f"--data.root={folder}")  # is there already
+    write_shards(tmp_path / "out", f"--data.root={folder}")  # it already exists, which is no error
 
 
-def copy(shards, out):
+def link_shards(shards, out):
     for path in shards.rglob("*"):
         if path.is_file():
             (out / path.relative_to(shards)).parent.mkdir(parents=True, exist_ok=True)
@@ -348,60 +358,60 @@ def copy(shards, out):
     return out
 
 
-@pytest.mark.parametrize(("damage", "told"), [
+@pytest.mark.parametrize(("damage", "message"), [
     (lambda path: path.unlink(), "missing"),
-    (lambda path: replace(path, path.read_bytes()[:-1024]), r"has \d+ bytes, but its index says \d+"),
+    (lambda path: replace(path, path.read_bytes()[:-1024]), r"has \d+ bytes, but its index states \d+"),
 ])  # fmt: skip
-def test_shards_that_are_missing_or_cut_off_are_told_before_training(damage, told, shards, tmp_path):
-    root = copy(shards, tmp_path)
+def test_missing_and_truncated_shards_raise_before_training(damage, message, shards, tmp_path):
+    root = link_shards(shards, tmp_path)
     damage(root / "train/000002.tar")
-    with pytest.raises(ValueError, match=rf"train/000002\.tar: {told}"):
+    with pytest.raises(ValueError, match=rf"train/000002\.tar: {message}"):
         fit("ClassificationShardsDataModule", root, *CLASSIFIER)
     data = ClassificationShardsDataModule(str(root), **SMALL)
-    with pytest.raises(ValueError, match=r"train/000002\.tar: is (missing|damaged \(has)"):
+    with pytest.raises(ValueError, match=r"train/000002\.tar: (missing|damaged \(has)"):
         data.dataset("train")[12]
 
 
 def replace(path, content):
-    path.unlink()  # it is a link
+    path.unlink()  # a hard link
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ("[", "is no index of shards"),
-    ({"shards": 3}, "is no index of shards"),
-    ({"version": 2}, "it is of version 2, but 1 is read; install a newer release"),
+@pytest.mark.parametrize(("change", "message"), [
+    ("[", "not an index of shards"),
+    ({"shards": 3}, "not an index of shards"),
+    ({"version": 2}, "version must be 1, got 2; install a newer release"),
     ({"shards": []}, "needs shards"),
-    ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar of its own"),
-    ({"shards": [{"name": "a::file.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with NAME.tar"),
-    ({"shards": [{"name": "a.tar", "samples": 1, "bytes": 1}] * 2}, "needs shards, each with NAME.tar of its own"),
+    ({"shards": [{"name": "../a.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with its own NAME.tar"),
+    ({"shards": [{"name": "a::file.tar", "samples": 1, "bytes": 1}]}, "needs shards, each with its own NAME.tar"),
+    ({"shards": [{"name": "a.tar", "samples": 1, "bytes": 1}] * 2}, "needs shards, each with its own NAME.tar"),
     ({"shards": [{"name": "a.tar", "samples": 0, "bytes": 1}]}, "bytes and samples above 0"),
     ({"shards": [{"name": "a.tar", "samples": 1e400, "bytes": 1}]}, "bytes and samples above 0"),
-    ({"classes": "abc"}, "classes are abc, but a list of names is needed"),
-    ({"classes": ["a"]}, "has other classes than"),
-    ({"annotation": "boxes"}, "has boxes, but class are wanted"),
+    ({"classes": "abc"}, "classes must be a list of names, got abc"),
+    ({"classes": ["a"]}, "val must have the classes of .*train"),
+    ({"annotation": "boxes"}, "has boxes, but class are needed"),
 ])  # fmt: skip
-def test_an_index_that_is_none_is_told(change, told, shards, tmp_path):
-    root = copy(shards, tmp_path)
+def test_an_invalid_index_raises(change, message, shards, tmp_path):
+    root = link_shards(shards, tmp_path)
     file = root / "train/index.json"
     content = change if isinstance(change, str) else json.dumps({**json.loads(file.read_text()), **change})
     replace(file, content.encode())
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         ClassificationShardsDataModule(str(root))
 
 
-def test_what_is_damaged_within_is_told(shards, tmp_path):
-    root = copy(shards, tmp_path)
+def test_damaged_content_of_a_shard_raises(shards, tmp_path):
+    root = link_shards(shards, tmp_path)
     path = root / "val/000000.tar"
     content = path.read_bytes()
     replace(path, content.replace(b'"label": 0', b'"label": 7'))
     data = ClassificationShardsDataModule(str(root), **SMALL)
     with pytest.raises(
-        ValueError, match=r"val/000000\.tar: image 0 is damaged \(.*its classes are \[7\], but there are 3"
+        ValueError, match=r"val/000000\.tar: image 0 is damaged \(.*its classes must be 0 to 2, got \[7\]"
     ):
         data.dataset("val")[0]
     replace(path, bytes(len(content)))
-    with pytest.raises(ValueError, match=r"val/000000\.tar: is damaged \(.*\); write or copy it again"):
+    with pytest.raises(ValueError, match=r"val/000000\.tar: damaged \(.*\); write or copy it again"):
         ClassificationShardsDataModule(str(root), **SMALL).dataset("val")[0]
     replace(path, content.replace(b"\x89PNG", b"\x89PNX", 1))
     with pytest.raises(ValueError, match="1 fault"):
@@ -409,67 +419,70 @@ def test_what_is_damaged_within_is_told(shards, tmp_path):
               "--decode=true"])  # fmt: skip
 
 
-def test_data_without_files_are_not_written(tmp_path):
+def test_data_without_files_cannot_be_written(tmp_path):
     with pytest.raises(ValueError, match="ShapesDataModule can't be written as shards"):
         main(["shard", "--data=ShapesDataModule", f"--out={tmp_path / 'out'}"])
-    for options, told in (({"window": 0}, "window is 0"), ({"cache_gb": 0}, "cache_gb 0")):
-        with pytest.raises(ValueError, match=told):
+    for options, message in (
+        ({"window": 0}, "`window` must be at least 1, got 0"),
+        ({"cache_gb": 0}, "`cache_gb` must be above 0, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
             ClassificationShardsDataModule(str(tmp_path), **options)
 
 
-def test_two_do_not_write_to_one_folder(folder, tmp_path):
+def test_only_one_process_writes_to_a_folder(folder, tmp_path):
     lock = lock_folder(tmp_path / "out")
-    with pytest.raises(ValueError, match="out: another process is writing to it; wait for it, or name another folder"):
-        write(tmp_path / "out", f"--data.root={folder}")
+    with pytest.raises(ValueError, match="out: another process is writing to it; wait for it or choose another folder"):
+        write_shards(tmp_path / "out", f"--data.root={folder}")
     lock.release()
-    write(tmp_path / "out", f"--data.root={folder}")
+    write_shards(tmp_path / "out", f"--data.root={folder}")
     assert not (tmp_path / "out/.lock").exists()
 
 
-def test_a_shard_that_makes_room_before_it_is_open_is_fetched_again(server, tmp_path, monkeypatch):
+def test_a_shard_deleted_before_it_is_open_is_fetched_again(server, tmp_path, monkeypatch):
     data = ClassificationShardsDataModule(server[0], **SMALL, cache=str(tmp_path))
     shards, fetch = data.shards["val"], Shards.fetch
 
-    def fetch_and_lose(self, shard):
+    def fetch_and_delete(self, shard):
         path = fetch(self, shard)
         if server[1]["/val/000000.tar"] < 2:
             path.unlink()
         return path
 
-    monkeypatch.setattr(Shards, "fetch", fetch_and_lose)
+    monkeypatch.setattr(Shards, "fetch", fetch_and_delete)
     assert shards.read(0, "label")[1][0] in range(3)
     assert server[1]["/val/000000.tar"] == 2
 
 
-def test_what_was_lost_or_changed_since_is_noticed(folder, shards, tmp_path):
+def test_lost_shards_are_rewritten_and_changed_images_raise(folder, shards, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(folder, source)
-    write(out, f"--data.root={source}")
+    write_shards(out, f"--data.root={source}")
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     (out / "train/000001.tar").unlink()
     (out / "val/000000.tar").write_bytes(b"cut off")
-    write(out, f"--data.root={source}")
+    write_shards(out, f"--data.root={source}")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     Image.new("RGB", (9, 9)).save(source / "val/a/0.png")
     with pytest.raises(ValueError, match=r"out/val: holds shards of other data, of images that have changed since"):
-        write(out, f"--data.root={source}")
+        write_shards(out, f"--data.root={source}")
     (out / "train/index.json").write_text("")
     with pytest.raises(ValueError, match=r"train/index\.json: can't be read; remove this folder, or name a new one"):
-        write(out, f"--data.root={source}")
+        write_shards(out, f"--data.root={source}")
 
 
-def test_places_that_shards_are_not_written_to(folder, shards):
+def test_shards_are_not_written_to_urls_or_into_the_data(folder, shards):
     with pytest.raises(ValueError, match="out is s3://bucket/a, but shards are written to a folder"):
         main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", "--out=s3://bucket/a"])
     for place in (folder, folder / "train", folder / "train/a/shards"):
         with pytest.raises(ValueError, match=r"holds images of the data, such as in .*; name another folder"):
-            write(place, f"--data.root={folder}")
+            write_shards(place, f"--data.root={folder}")
     with pytest.raises(ValueError, match="ClassificationShardsDataModule can't be written as shards"):
         main(["shard", "--data=ClassificationShardsDataModule", f"--data.root={shards}", f"--out={shards}2"])
 
 
-def test_images_are_known_whatever_their_names_end_in(tmp_path):
-    options = coco(tmp_path / "coco")
+def test_images_with_any_file_name_are_written(tmp_path):
+    options = write_coco(tmp_path / "coco")
     images = tmp_path / "coco/images"
     content = (tmp_path / "coco/all.json").read_text()
     for i, name in enumerate(("p.json", "q.cls", "no_suffix", "r.s.PNG")):
@@ -477,14 +490,14 @@ def test_images_are_known_whatever_their_names_end_in(tmp_path):
         content = content.replace(f'"{i}.png"', f'"{name}"')
     (tmp_path / "coco/all.json").write_text(content)
     words = [f"--data.{name}={value}" for name, value in options.items()]
-    out = write(tmp_path / "out", *words, "--data.annotation=masks", data="CocoDataModule")
-    here = DetectionShardsDataModule(str(out), annotation="masks", num_workers=0).dataset("val")
-    there = CocoDataModule(**options, annotation="masks", num_workers=0).dataset("val")
+    out = write_shards(tmp_path / "out", *words, "--data.annotation=masks", data="CocoDataModule")
+    actual = DetectionShardsDataModule(str(out), annotation="masks", num_workers=0).dataset("val")
+    expected = CocoDataModule(**options, annotation="masks", num_workers=0).dataset("val")
     for index in range(6):
-        torch.testing.assert_close(here[index], there[index], rtol=0, atol=0)
+        torch.testing.assert_close(actual[index], expected[index], rtol=0, atol=0)
 
 
-GOOD = {"name": "a.png", "image_id": 1, "boxes": [[1, 2, 3, 4]], "labels": [0], "size": [50, 40], "crowd": [],
+ENTRY = {"name": "a.png", "image_id": 1, "boxes": [[1, 2, 3, 4]], "labels": [0], "size": [50, 40], "crowd": [],
         "segments": [[[1, 2, 3, 2, 3, 4]]]}  # fmt: skip
 
 
@@ -496,31 +509,31 @@ GOOD = {"name": "a.png", "image_id": 1, "boxes": [[1, 2, 3, 4]], "labels": [0], 
     {"segments": [{"size": [60000, 60000], "counts": [0, 3600000000]}]},
     {"segments": [{"size": [40, 50], "counts": "~~~~~"}]},
 ], ids=str)  # fmt: skip
-def test_what_a_strangers_shard_tells_is_judged(change):
-    assert fault_of_known(GOOD, 3, False) is None
+def test_untrusted_entries_of_a_shard_are_checked(change):
+    assert find_entry_fault(ENTRY, 3, False) is None
     try:
-        told = fault_of_known({**GOOD, **change}, 3, False)
-    except (KeyError, OverflowError, TypeError, ValueError) as error:  # which `Shards.read` takes as well
-        told = str(error)
-    assert told
+        message = find_entry_fault({**ENTRY, **change}, 3, False)
+    except (KeyError, OverflowError, TypeError, ValueError) as error:  # `Shards.read` handles these
+        message = str(error)
+    assert message
 
 
-def test_a_server_that_lists_nothing_finds_nothing_missing(shards, tmp_path):
-    class Blind(Quiet):
+def test_a_server_without_a_listing_reports_no_missing_shards(shards, tmp_path):
+    class UnlistedHandler(CountingHandler):
         def list_directory(self, path):
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b"<html>welcome</html>")
 
-    handler = functools.partial(Blind, directory=str(shards))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as found:
-        threading.Thread(target=found.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{found.server_port}"
+    handler = functools.partial(UnlistedHandler, directory=str(shards))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
         data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "cache"))
         assert data.find_faults("train") == ([], [])
         assert data.dataset("val")[0][1] in range(3)
         (tmp_path / "file").write_text("")
         data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "file"))
-        with pytest.raises(ValueError, match=r"can't be made .*; name a folder by cache"):
+        with pytest.raises(ValueError, match=r"cannot be created .*; choose a folder with `cache`"):
             data.dataset("val")[0]
-        found.shutdown()
+        server.shutdown()

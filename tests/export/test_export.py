@@ -276,12 +276,12 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 def test_nothing_is_written_over():
     Path("neck.onnx").write_text("mine")
-    with pytest.raises(ValueError, match=r"neck\.onnx is there already"):
+    with pytest.raises(ValueError, match=r"neck\.onnx already exists; remove it or choose another file"):
         main(["export", "neck", "--format=onnx"])
     assert Path("neck.onnx").read_text() == "mine"
     Path("folder").mkdir()
     Path("folder/mine").touch()
-    with pytest.raises(ValueError, match="not empty; name a new folder"):
+    with pytest.raises(ValueError, match="not empty; choose a new folder"):
         main(["export", "shunted_t", "--out=folder"])
 
 

@@ -47,7 +47,7 @@ def read(data, decode: bool) -> float:
     data.setup("fit")
     if not decode:
         dataset = data.dataset("train")
-        order, began = list(data.order(0)), time.perf_counter()
+        order, began = list(data.training_sampler(0)), time.perf_counter()
         for index, *_ in order:
             if hasattr(dataset, "shards"):
                 dataset.shards.read(index, "label")

@@ -193,7 +193,7 @@ def test_wrong_yamls_are_told(base, after, neck, message):
 @pytest.mark.parametrize(
     ("out", "message"),
     [
-        ("there.yaml", "there.yaml is there already"),
+        ("there.yaml", "there.yaml already exists; remove it or choose another file"),
         ("out.txt", r"must end in \.yaml"),
         ("yolo11n-shunted.yaml", "reads as scale 'n', but yolo11s is scale 's'"),
     ],
@@ -311,7 +311,7 @@ def test_a_neck_that_fit_trained_is_put_in_place():
         ({"base": "{base}", "model": Path("bare.yaml")}, "bare.yaml has no neck"),
         ({"base": "{base}", "model": Path("none.yaml")}, "'none.yaml' is no file"),
         ({"base": "{base}", "out": Path("neck.yaml")}, r"must end in \.pt"),
-        ({"base": "{base}", "out": Path("other.pt")}, "other.pt is there already"),
+        ({"base": "{base}", "out": Path("other.pt")}, "other.pt already exists; remove it or choose another file"),
         ({"neck": "other.pt"}, "other.pt: holds .* is not loaded"),
         ({"neck": "none.ckpt"}, "none.ckpt: no such file"),
         ({"base": "{base}", "layer": 11}, "layer and level say where a trained neck goes"),

@@ -47,8 +47,9 @@ def test_objects_are_read_back_as_they_were(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(2):
         image().save(tmp_path / f"images/{i}.png")
-    same = ("images", "out/predictions.json")
-    module = CocoDataModule(str(tmp_path), *same, *same, num_workers=0, annotation="masks")
+    files = {"train_images": "images", "train_annotations": "out/predictions.json",
+             "val_images": "images", "val_annotations": "out/predictions.json"}  # fmt: skip
+    module = CocoDataModule(str(tmp_path), **files, num_workers=0, annotation="masks")
     module.setup("validate")
     target = module.datasets["val"][0][1]
     assert module.class_names == NAMES
@@ -105,9 +106,9 @@ def test_label_maps_are_read_back_as_they_were(tmp_path):
     assert told == "2 classes: cat 75.0%, bird_{3} 25.0%"
     (tmp_path / "images").mkdir()
     image().save(tmp_path / "images/0.png")
-    folders = ["images", "out/masks"] * 2
+    folders = {"train_images": "images", "train_masks": "out/masks", "val_images": "images", "val_masks": "out/masks"}
     names = (tmp_path / "out/classes.txt").read_text().splitlines()
-    module = MaskFolderDataModule(str(tmp_path), names, *folders, num_workers=0)
+    module = MaskFolderDataModule(str(tmp_path), names=names, **folders, num_workers=0)
     module.setup("validate")
     assert names == NAMES
     assert torch.equal(module.datasets["val"][0][1].long(), label_map)
@@ -172,15 +173,15 @@ def test_images_of_other_formats_are_counted(tmp_path, caplog):
         Image.new("RGB", (9, 9)).save(tmp_path / name)
     (tmp_path / "notes.pdf").write_text("no image that can be read")
     assert images(tmp_path).names == ["a"]
-    assert "images of other formats are left out (1 .gif, 1 .GIF)" in caplog.text
+    assert "skipping images in unsupported formats (1 .gif, 1 .GIF)" in caplog.text
 
 
 def test_wrong_folders_are_told(tmp_path):
-    with pytest.raises(ValueError, match=r"no images in it; they end in"):
+    with pytest.raises(ValueError, match=r"no images found; their names must end in"):
         images(tmp_path)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     Image.new("RGB", (9, 9)).save(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match=r"a: is there under several suffixes; rename or move one"):
+    with pytest.raises(ValueError, match=r"a: exists with several suffixes; rename or move all but one"):
         images(tmp_path)
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.png").write_bytes(b"nothing")
@@ -188,5 +189,5 @@ def test_wrong_folders_are_told(tmp_path):
         list(images(tmp_path).predict_dataloader())
     with pytest.raises(ValueError, match="min_score is 2"):
         PredictionWriter(min_score=2)
-    with pytest.raises(ValueError, match="holds images alone, which can't fit"):
+    with pytest.raises(ValueError, match="has no labels and is only for predict, not fit"):
         ImagesDataModule(str(tmp_path)).setup("fit")

@@ -536,12 +536,12 @@ def test_repeated_augmentation(few):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: shutil.rmtree(f / "train"), "set/train: no such folder; it should hold a folder of images"),
-        (lambda f: [shutil.rmtree(f / "train" / n) for n in "012"], "set/train: no folder in it"),
-        (lambda f: shutil.rmtree(f / "val/1"), r"val/1: no such folder, but .*train/1 is there \(1 of 3 classes"),
-        (lambda f: shutil.rmtree(f / "train/1"), r"train/1: no such folder, but .*val/1 is there"),
-        (lambda f: [p.unlink() for p in (f / "train/2").iterdir()], "train/2: no image in this class; add some"),
-        (lambda f: [p.unlink() for p in (f / "val/0").iterdir()], "val/0: no image in this class"),
+        (lambda f: shutil.rmtree(f / "train"), "set/train: no such folder; expected a folder with one folder"),
+        (lambda f: [shutil.rmtree(f / "train" / n) for n in "012"], "set/train: has no folders"),
+        (lambda f: shutil.rmtree(f / "val/1"), r"val/1: no such folder, but .*train/1 exists \(1 of 3 classes"),
+        (lambda f: shutil.rmtree(f / "train/1"), r"train/1: no such folder, but .*val/1 exists"),
+        (lambda f: [p.unlink() for p in (f / "train/2").iterdir()], "train/2: no images in this class; add some"),
+        (lambda f: [p.unlink() for p in (f / "val/0").iterdir()], "val/0: no images in this class"),
         (lambda f: [p.rename(p.with_suffix(".gif")) for p in (f / "val/0").iterdir()], r"val/0: .*\.jpg"),
     ],
 )
@@ -554,11 +554,11 @@ def test_damaged_folders_are_told(folder, damage, message):
 def test_unread_files_are_told(folder, caplog):
     (folder / "train/0/notes.txt").write_text("to do")
     data(folder)
-    assert "left out 1 files that are no images of a class, such as" in caplog.text
+    assert "skipping 1 files that are not images of a class, such as" in caplog.text
     assert "notes.txt" in caplog.text
     shutil.copy(next((folder / "train/0").glob("*.png")), folder / "train/stray.png")
     data(folder)
-    assert "left out 2 files" in caplog.text
+    assert "skipping 2 files" in caplog.text
 
 
 def test_hidden_folders_are_no_classes(folder):
@@ -581,14 +581,14 @@ def test_corrupt_images_are_told(folder, content):
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"image_size": 0}, "image_size is 0"),
-        ({"crop_pct": 1.5}, "crop_pct 1.5"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"scale": (1.0, 0.5)}, "scale is from 1.0 to 0.5"),
-        ({"repeats": 0}, "repeats 0"),
-        ({"flip": 2.0}, "flip is 2.0"),
-        ({"scale": (2.0, 3.0)}, "up to 1"),
-        ({"val": "train"}, "is to train and to validate"),
+        ({"image_size": 0}, "`image_size` must be at least 1, got 0"),
+        ({"crop_pct": 1.5}, "`crop_pct` must be between 0 and 1, got 1.5"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1, got 0"),
+        ({"scale": (1.0, 0.5)}, "`scale` must be two numbers above 0 in ascending order, got 1.0 and 0.5"),
+        ({"repeats": 0}, "`repeats` must be at least 1, got 0"),
+        ({"flip": 2.0}, "`flip` must be between 0 and 1, got 2.0"),
+        ({"scale": (2.0, 3.0)}, "`scale` must be between 0 and 1, got 3.0"),
+        ({"val": "train"}, "`val` must be a held-out folder, got .*train, the folder of `train`"),
     ],
 )
 def test_wrong_sizes_are_told(few, keywords, message):

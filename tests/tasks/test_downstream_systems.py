@@ -232,7 +232,7 @@ def test_schedules_follow_their_formulas():
 @pytest.mark.parametrize(
     ("system", "data", "message"),
     [
-        ("ade20k/fpn_shunted_t", "YoloDataModule", "annotation is 'map', but YoloDataModule has boxes or masks"),
+        ("ade20k/fpn_shunted_t", "YoloDataModule", "`annotation` of YoloDataModule must be boxes or masks, got 'map'"),
         (
             "coco/mask_rcnn_shunted_t",
             "ADE20KDataModule",
@@ -246,7 +246,7 @@ def test_schedules_follow_their_formulas():
         (
             "coco/mask_rcnn_shunted_t",
             "ImagesDataModule",
-            "ImagesDataModule holds images alone, to predict on; name other data",
+            "ImagesDataModule has no classes and is only for predict; choose other data",
         ),
     ],
 )

@@ -106,7 +106,7 @@ def test_shares_of_evaluation_are_all_images_once(images):
     data, shares = ShapesDataModule(val_size=images, num_workers=0), []
     for rank in (0, 1):
         data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
-        share = data.share(data.dataset("val"))
+        share = data.evaluation_sampler(data.dataset("val"))
         shares.append(list(share))
         assert len(share) == len(shares[-1])
     assert sorted(shares[0] + shares[1]) == list(range(images))

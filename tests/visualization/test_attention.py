@@ -180,7 +180,10 @@ def test_cost_command(capsys):
         (["attention", "b.png", "--ckpt=shunted_t", "--point=1,1"], "b.png: no such image"),
         (["attention", "a.png", "--ckpt=none.ckpt", "--point=1,1"], "none.ckpt: no such file"),
         (["attention", "a.png", "--ckpt=foreign.pth", "--point=1,1"], "foreign.pth holds no run of shunted-lit fit"),
-        (["attention", "a.png", "--ckpt=shunted_t", "--point=1,1", "--out=a.png"], "a.png is there already"),
+        (
+            ["attention", "a.png", "--ckpt=shunted_t", "--point=1,1", "--out=a.png"],
+            "a.png already exists; remove it",
+        ),
         (["attention", "a.png", "--ckpt=shunted_t", "--point=1,1", "--out=a.jpg"], r"must end in \.png"),
     ],
 )
