@@ -103,12 +103,9 @@ def explain_errors(problem: str) -> Iterator[None]:
         raise ValueError(f"{problem}: {reason}") from error
 
 
-def insert_neck(
-    base: str = "yolo26n", after: int | Sequence[int] | None = None, neck: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def insert_neck(base: str = "yolo26n", after: int | Sequence[int] | None = None,
+                neck: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """Return the content of a model YAML of the installed Ultralytics with the neck inserted.
-
-    Every layer that read the map of a layer followed by a neck reads the neck's output instead.
 
     Args:
         base, after, neck: as in `write_yaml`.
@@ -214,15 +211,14 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
         base: name of the model with its scale, such as yolo26s or yolo11m-seg, or path of a model YAML.
         out: file to write, such as yolo26s-shunted.yaml; must not exist. Ultralytics takes the scale from this name;
             a name without a scale keeps that of the base.
-        after: index of the layer that the neck follows, or several, [4, 6, 10]. Default: the last layer of the backbone
-            (10 in YOLO11 and YOLO26), and AIFI in RT-DETR: each model's own attention.
+        after: index of the layer that the neck follows, or several, [4, 6, 10]. All layers that read such a layer then
+            read its neck. Default: the last layer of the backbone (10 in YOLO11 and YOLO26), and AIFI in RT-DETR.
         neck: keywords of ShuntedTransformer, such as depth, ratios, and num_heads, which must divide the channels.
             `layer_scale` defaults to 0, such that the model starts with the outputs of its base; null builds the neck
             of the reference implementation.
 
     Raises:
-        ValueError: The base is unknown. A layer does not exist or returns no map. The neck does not accept its keywords
-            or channels. The file exists, or its name implies another scale or model family.
+        ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.
     """
     check_new_file(out, ".yaml")
     content = insert_neck(base, after, neck)
@@ -298,14 +294,8 @@ def take_head(model: Any, base: Any) -> None:
         vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
 
 
-def write_weights(
-    model: Path,
-    out: Path,
-    base: str | None = None,
-    neck: str | None = None,
-    layer: int | None = None,
-    level: int | None = None,
-) -> None:
+def write_weights(model: Path, out: Path, base: str | None = None, neck: str | None = None,
+                  layer: int | None = None, level: int | None = None) -> None:  # fmt: skip
     """Write a checkpoint to fine-tune: a model YAML with the weights of its base, of a trained neck, or of both.
 
     Args:
