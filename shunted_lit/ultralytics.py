@@ -174,7 +174,7 @@ def all_layers(content: Mapping[str, Any]) -> list[Any]:
 
 
 def renumber(source: Any, layer: int, positions: Sequence[int]) -> Any:
-    """Return the source, or sources, of layer number `layer` of the base as they are with necks after `positions`."""
+    """Return `source`, the layer(s) that layer number `layer` reads, in the numbering with necks after `positions`."""
     if isinstance(source, list):
         return [renumber(each, layer, positions) for each in source]
     index = source if source >= -1 else source + layer  # -1 stays: the layer before, or its neck
@@ -224,7 +224,7 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
     content = insert_neck(base, after, neck)
     for family in ("-world", "yoloe", "rtdetr"):
         if family in Path(base).stem and family not in out.stem:
-            raise ValueError(f"{out} must have {family!r} in its name: Ultralytics tells the family by it; rename it.")
+            raise ValueError(f"{out} must have {family!r} in its name, which tells Ultralytics the family; rename it.")
     scale, out_scale = next(iter(content.get("scales") or {}), ""), tasks.guess_model_scale(out)
     if scale and out_scale and out_scale != scale:
         raise ValueError(f"{out} must have the scale of {base} in its name, {scale!r}, got {out_scale!r}; rename it.")
@@ -288,7 +288,7 @@ def take_head(model: Any, base: Any) -> None:
     A new head with the same classes may differ: a fine-tuned head keeps the width that it had for its first classes.
     """
     own, head = model.model[-1], base.model[-1]
-    if type(own) is type(head):  # otherwise `transfer_weights` raises
+    if type(own) is type(head):  # `transfer_weights` loads what fits of any other head
         head.i, head.f = own.i, own.f
         model.model[-1] = head
         vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
