@@ -135,7 +135,7 @@ def insert_neck(base: str = "yolo26n", after: int | Sequence[int] | None = None,
         section.append([renumber(source, i, positions), *layer])
         if i in positions:
             section.append([-1, 1, NECK, ["c2", dict(keywords)]])
-    if scales := content.get("scales"):  # the first scale is the default
+    if scales := content.get("scales"):
         content["scales"] = {content["scale"]: scales[content["scale"]], **scales}
     return {**{key: value for key, value in content.items() if key not in ("scale", "yaml_file")}, **sections}
 
@@ -163,7 +163,7 @@ def read_yaml(name: str) -> dict[str, Any]:
         if not isinstance(layer, list) or len(layer) != 4:
             raise ValueError(f"{name}: layer {i} must be [from, repeats, module, [arguments]], got {layer}.")
     scales = content.get("scales") or {}
-    content["scale"] = content["scale"] or next(iter(scales), "")
+    content["scale"] = content["scale"] or next(iter(scales), "")  # the first scale is the default
     if scales and content["scale"] not in scales:
         raise ValueError(f"{name} must define its scale, {content['scale']!r}, got {', '.join(scales)}; rename it.")
     return content
@@ -256,8 +256,7 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
 
     Args:
         model: detector with necks, an Ultralytics DetectionModel (or that of another task): `YOLO(...).model`.
-        base: the same detector without necks. Its last layer, the head, may have other classes; tensors of other shapes
-            are then skipped.
+        base: the same detector without necks. Its head, the last layer, may have other classes and is loaded in part.
 
     Returns:
         The number of tensors that were loaded, and the number of tensors of the base.
@@ -283,10 +282,8 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
 
 
 def take_head(model: Any, base: Any) -> None:
-    """Move the head of the base into a model with necks, together with tensors such as embeddings of class names.
-
-    A new head with the same classes may differ: a fine-tuned head keeps the width that it had for its first classes.
-    """
+    """Move the head of the base, and tensors such as class embeddings, into a model with necks."""
+    # A new head may differ: a fine-tuned one keeps the width that it had for the classes before fine-tuning.
     own, head = model.model[-1], base.model[-1]
     if type(own) is type(head):  # `transfer_weights` loads what fits of any other head
         head.i, head.f = own.i, own.f
