@@ -1,17 +1,18 @@
-"""The neck in Ultralytics' YOLO: a name that its model YAMLs may use, such YAMLs, and weights that carry over.
+"""The neck in Ultralytics' YOLO: a layer of model YAMLs, functions that write such YAMLs, and transfer of weights.
 
-Importing this module is all that is needed: from then on `ShuntedTransformer` is a layer in a model YAML, as in
-`[-1, 1, ShuntedTransformer, [c2, {depth: 2, num_heads: 4}]]`, where `c2` stands for the channels of the layer before,
-whatever the model's width. A model with the neck, saved as .pt, imports this module by itself wherever it is loaded.
+Importing this module registers `ShuntedTransformer` as a layer of Ultralytics' model YAMLs, such as
+`[-1, 1, ShuntedTransformer, [c2, {depth: 2, num_heads: 4}]]`. Ultralytics replaces `c2` by the channels of the layer
+before, at any width of the model. Loading a .pt file of a model with the neck imports this module automatically.
 
-Ultralytics is licensed under AGPL-3.0 (or bought): what runs through this module is under its terms. Nothing else in
-this package imports it, and none of its files is included: model YAMLs are derived from those that are installed.
+Ultralytics is licensed under AGPL-3.0 (or commercially); its terms apply to what you build with this module. The rest
+of the package does not import it and contains no file of Ultralytics: model YAMLs are derived from the installed ones.
 """
 
 import difflib
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -26,35 +27,36 @@ from shunted_lit.models import shunted, weights
 from shunted_lit.models.feature_path import check_neck_keywords
 from shunted_lit.utils.files import check_new_file
 
-OLDEST = "8.3.228"  # Ultralytics that is tried; pyproject.toml says the same
-FAMILIES = ("-world", "yoloe", "rtdetr")  # which Ultralytics tells by the file's name alone
+OLDEST = "8.3.228"  # the oldest tested version of Ultralytics, as in pyproject.toml
 INSTALL = "pip install -U 'shunted-lit[ultralytics]'"
 try:
     import ultralytics
 except ImportError as error:
-    raise ImportError(f"the neck in YOLO needs Ultralytics ({error}): {INSTALL}") from error
+    raise ImportError(f"the neck in YOLO needs Ultralytics ({error}). Install it: {INSTALL}") from error
 if Version(ultralytics.__version__) < Version(OLDEST):
-    raise ImportError(f"Ultralytics is {ultralytics.__version__}, but {OLDEST} is the oldest that works: {INSTALL}")
+    raise ImportError(f"Ultralytics must be {OLDEST} or newer, got {ultralytics.__version__}. Update it: {INSTALL}")
 
-from ultralytics import RTDETR, YOLO  # noqa: E402 - once the version is known to have all of this
+from ultralytics import RTDETR, YOLO  # noqa: E402 - older versions lack some of these
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.utils import dist  # noqa: E402
 
 __all__ = ["ShuntedTransformer", "insert_neck", "transfer_weights", "write_weights", "write_yaml"]
 
+NECK = "ShuntedTransformer"  # the layer's name in a model YAML
+
 
 class ShuntedTransformer(shunted.ShuntedTransformer):
-    """The neck, as a model YAML may name it: `[c2]`, or `[c2, {keyword: value, ...}]`.
+    """The neck as a layer of a model YAML, with the arguments `[c2]` or `[c2, {keyword: value, ...}]`.
 
-    It has a class of its own, in this module, so that whatever loads a pickled model with it imports this module, and
-    its YAML, which Ultralytics reads again for training, is understood.
+    A pickled model names the module of each class. Thanks to this subclass, loading such a model imports this module,
+    which registers the neck before Ultralytics parses the model's YAML again for training.
 
     Args:
-        cin: channels in and out; `c2` in a YAML.
-        args, keywords: as for `shunted_lit.ShuntedTransformer`; a mapping at the end of `args` is read as keywords.
+        cin: input and output channels; `c2` in a YAML.
+        args, keywords: arguments of `shunted_lit.ShuntedTransformer`; a mapping at the end of `args` holds keywords.
 
     Raises:
-        ValueError: as `shunted_lit.ShuntedTransformer`, and an unknown keyword.
+        ValueError: A keyword is unknown or has a value that `shunted_lit.ShuntedTransformer` does not accept.
     """
 
     def __init__(self, cin: int = 512, *args: Any, **keywords: Any):
@@ -65,335 +67,292 @@ class ShuntedTransformer(shunted.ShuntedTransformer):
         super().__init__(cin, *args, **keywords)
 
 
-def with_this_module(generate: Callable[..., str]) -> Callable[..., str]:
-    """Ultralytics trains on several GPUs by a file that it writes and runs; there, this module is to be imported."""
+def register() -> None:
+    """Register the neck with Ultralytics, which has no public way to add a layer. Repeated calls change nothing.
 
-    @functools.wraps(generate)
+    1. The YAML parser looks for layers among the globals of `ultralytics.nn.tasks`.
+    2. Restricted loading (`weights_only`) accepts only classes on torch's list of safe globals. A pickled neck also
+       holds its hook for the parameter names of the reference implementation, which torch wraps in a private class.
+    3. Training on several GPUs runs a generated script in new processes, which have to import this module first.
+    """
+    tasks.ShuntedTransformer = ShuntedTransformer
+    layers = [value for value in vars(shunted).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    torch.serialization.add_safe_globals([ShuntedTransformer, *layers, weights.load_reference_names, _WrappedHook])
+    original = getattr(dist.generate_ddp_file, "__wrapped__", dist.generate_ddp_file)
+
+    @functools.wraps(original)
     def generate_ddp_file(trainer: Any) -> str:
-        path = Path(generate(trainer))
+        path = Path(original(trainer))
         lines = f"import sys\nsys.path = {sys.path!r}\nimport {__name__}\n"
         path.write_text(lines + path.read_text(encoding="utf-8"), encoding="utf-8")
         return str(path)
 
-    return generate_ddp_file
-
-
-def register() -> None:
-    """Makes the neck known to Ultralytics: its YAML parser, its safe loader, and its training on several GPUs."""
-    tasks.ShuntedTransformer = ShuntedTransformer
-    layers = [kind for kind in vars(shunted).values() if isinstance(kind, type) and issubclass(kind, nn.Module)]
-    torch.serialization.add_safe_globals([ShuntedTransformer, *layers, weights.load_reference_names, _WrappedHook])
-    if not hasattr(dist.generate_ddp_file, "__wrapped__"):
-        dist.generate_ddp_file = with_this_module(dist.generate_ddp_file)
+    dist.generate_ddp_file = generate_ddp_file
 
 
 register()
 
 
-def insert_neck(
-    base: str = "yolo26n", after: int | Sequence[int] | None = None, neck: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
-    """The content of a model YAML of the installed Ultralytics, with the neck in it.
+@contextmanager
+def explain_errors(problem: str) -> Iterator[None]:
+    """Turn any error into a ValueError that starts with `problem`; Ultralytics raises errors of many types."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{problem}: {reason}") from error
+
+
+def insert_neck(base: str = "yolo26n", after: int | Sequence[int] | None = None,
+                neck: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+    """Return the content of a model YAML of the installed Ultralytics with the neck inserted.
 
     Args:
-        base: name of the model with its scale, such as yolo26s or yolo11m-seg, or a model YAML of one's own.
-        after: index of the layer whose map the neck takes, or several. All layers that read this map read the neck's
-            instead. By default the backbone's last: the coarsest map, where attention over the whole image is cheap,
-            and where YOLO11 and YOLO26 (C2PSA) have theirs; in RT-DETR after AIFI, which is its own.
-        neck: keywords of `shunted_lit.ShuntedTransformer` over its defaults, but for `layer_scale`, which is 0 here
-            (null for the source's): the model starts with the outputs of its base.
+        base, after, neck: as in `write_yaml`.
 
     Raises:
-        ValueError: an unknown base; a layer that is not there, is the last, gives no map (B, C, H, W), or is named
-            twice or has a neck already; heads that do not divide a map's channels, and whatever else
-            `ShuntedTransformer` does not take.
+        ValueError: The base is unknown. A layer does not exist, is the last one, is named twice, has a neck already,
+            or does not return one map (B, C, H, W). The neck does not accept its keywords or the map's channels.
     """
     content = read_yaml(base)
-    del content["yaml_file"]
-    if (scale := content.pop("scale")) and "scales" in content:
-        content["scales"] = {scale: content["scales"][scale], **content["scales"]}  # the first is the default
-    layers = [*content["backbone"], *content["head"]]
-    last = len(content["backbone"]) - 1
-    own = [i for i, layer in enumerate(layers) if layer[2] == "AIFI"]
-    places = sorted((own[-1:] or [last]) if after is None else [after] if isinstance(after, int) else after)
-    if not places:
-        raise ValueError("after names no layer; give the index of one at least, or leave it out")
-    for place in places:
-        if not 0 <= place < len(layers) - 1:
-            raise ValueError(
-                f"{base} has no layer {place} that a neck could follow: the layers 0 to {len(layers) - 2} may have one"
-            )
-        if places.count(place) > 1 or ShuntedTransformer.__name__ in (layers[place][2], layers[place + 1][2]):
-            raise ValueError(f"layer {place} of {base} would get two necks in a row; give one a greater depth instead")
+    layers = all_layers(content)
+    if after is None:  # RT-DETR's own attention (AIFI), or the coarsest map, on which attention costs least
+        after = max((i for i, layer in enumerate(layers) if layer[2] == "AIFI"), default=len(content["backbone"]) - 1)
+    positions = [after] if isinstance(after, int) else sorted(after)
+    if not positions:
+        raise ValueError("`after` must name at least one layer, got none; omit it for the default.")
+    for i in positions:
+        if not 0 <= i < len(layers) - 1:
+            raise ValueError(f"`after` must be a layer of {base} from 0 to {len(layers) - 2}, got {i}.")
+        if positions.count(i) > 1 or NECK in (layers[i][2], layers[i + 1][2]):
+            raise ValueError(f"layer {i} of {base} must get one neck, not several; set a greater `depth` instead.")
     keywords = {"layer_scale": 0.0, **(neck or {})}
-    check_neck_keywords(keywords)
-    for name in ("cin", "device", "dtype"):
-        if name in keywords:
-            raise ValueError(f"the neck's {name} is that of the layer before it; leave it out")
-    for place, channels in zip(places, channels_of(base, content, places), strict=True):
-        try:
-            ShuntedTransformer(channels, **keywords, device="meta")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"layer {place} of {base} has {channels} channels: {error}") from None
-
-    def moved(index: int) -> int:
-        """Where the map of a layer of the base stands now: its neck, if it has one."""
-        return index + sum(place <= index for place in places)
+    check_necks(base, content, positions, keywords)
 
     sections: dict[str, list[Any]] = {"backbone": [], "head": []}
     for i, (source, *layer) in enumerate(layers):
-        section = sections["backbone" if i <= last else "head"]
-        # -1 stays: what comes just before. Other numbers are made absolute, as necks may come in between.
-        sources = [f if f == -1 else moved(f % i) for f in ([source] if isinstance(source, int) else source)]
-        section.append([sources[0] if isinstance(source, int) else sources, *layer])
-        if i in places:
-            section.append([-1, 1, ShuntedTransformer.__name__, ["c2", dict(keywords)]])
-    return {**content, **sections}
+        section = sections["backbone" if i < len(content["backbone"]) else "head"]
+        section.append([renumber(source, i, positions), *layer])
+        if i in positions:
+            section.append([-1, 1, NECK, ["c2", dict(keywords)]])
+    if scales := content.get("scales"):
+        content["scales"] = {content["scale"]: scales[content["scale"]], **scales}
+    return {**{key: value for key, value in content.items() if key not in ("scale", "yaml_file")}, **sections}
 
 
 def read_yaml(name: str) -> dict[str, Any]:
-    """A model YAML as Ultralytics reads it: the scale, which it takes from the file's name, is one of the entries."""
-    if Path(name).suffix == ".pt":
-        raise ValueError(
-            f"{name} is a checkpoint; name the model, such as {Path(name).stem}, or its YAML: the weights come in by "
-            "`shunted-lit yolo weights` then"
-        )
-    path = name if Path(name).suffix in (".yaml", ".yml") else f"{name}.yaml"
+    """Return a checked model YAML as Ultralytics reads it: with "scale" from the file's name, or the default scale."""
+    path = Path(name)
+    if path.suffix == ".pt":
+        remedy = "its weights are loaded by `shunted-lit yolo weights`."
+        raise ValueError(f"{name} is a checkpoint; name the model, such as {path.stem}, or its YAML: {remedy}")
     try:
-        content = tasks.yaml_model_load(path)
+        content = tasks.yaml_model_load(name if path.suffix in (".yaml", ".yml") else f"{name}.yaml")
     except FileNotFoundError:
-        folder = Path(ultralytics.__file__).parent / "cfg/models"
-        close = difflib.get_close_matches(Path(name).stem.lower(), [file.stem for file in folder.rglob("*.yaml")], n=3)
+        known = [file.stem for file in (Path(ultralytics.__file__).parent / "cfg/models").rglob("*.yaml")]
+        close = ", ".join(difflib.get_close_matches(path.stem.lower(), known, n=3)) or "none"
         raise ValueError(
-            f"{name!r} is no file, and no model of Ultralytics {ultralytics.__version__}; close names: "
-            f"{', '.join(close) or 'none'}, with the letter of the scale after the number, as in yolo26s"
+            f"the base must be a file or a model of Ultralytics {ultralytics.__version__}, got {name!r}; close names: "
+            f"{close}, with the letter of the scale after the number, as in yolo26s."
         ) from None
     except (OSError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{name}: not a readable model YAML ({error})") from None
-    layers = [content.get(key) for key in ("backbone", "head")]
-    if not all(isinstance(some, list) and some for some in layers):
-        raise ValueError(f"{name} is no model YAML: it needs layers in backbone and head")
-    for number, layer in enumerate([*layers[0], *layers[1]]):
+        raise ValueError(f"{name} is not a readable model YAML: {error}") from None
+    if not all(isinstance(content.get(key), list) and content[key] for key in ("backbone", "head")):
+        raise ValueError(f"{name} is not a model YAML: it must list layers under backbone and head.")
+    for i, layer in enumerate(all_layers(content)):
         if not isinstance(layer, list) or len(layer) != 4:
-            raise ValueError(f"{name}: layer {number} is {layer}, but [from, repeats, module, [arguments]] is needed")
-    if content["scale"] and content["scale"] not in content.get("scales", {content["scale"]: None}):
-        raise ValueError(f"{name} is scale {content['scale']!r} by its name, but has {', '.join(content['scales'])}")
+            raise ValueError(f"{name}: layer {i} must be [from, repeats, module, [arguments]], got {layer}.")
+    scales = content.get("scales") or {}
+    content["scale"] = content["scale"] or next(iter(scales), "")  # the first scale is the default
+    if scales and content["scale"] not in scales:
+        raise ValueError(f"{name} must define its scale, {content['scale']!r}, got {', '.join(scales)}; rename it.")
     return content
 
 
-def channels_of(base: str, content: dict[str, Any], places: Sequence[int]) -> list[int]:
-    """Channels of the maps (B, C, H, W) of some layers, found by a run on torch's meta device: no memory, no time."""
-    size, scales = content.get("channels", 3), content.get("scales")
-    named = {**deepcopy(content), "scale": next(iter(scales))} if scales else deepcopy(content)
-    try:
-        with torch.device("meta"):
-            layers, _ = tasks.parse_model(named, ch=size, verbose=False)
-            x = torch.empty(1, size, 256, 256)
-    except Exception as error:  # whatever Ultralytics says to a layer that it does not know, or wrong arguments
-        raise ValueError(f"Ultralytics can't build {base}: {type(error).__name__}, {error}") from error
-    maps: list[Any] = []
-    for i, layer in enumerate(layers[: max(places) + 1].eval()):
-        sources = [layer.f] if isinstance(layer.f, int) else layer.f
-        inputs = [x if f == -1 else maps[f] for f in sources]
-        try:
-            x = layer(inputs[0] if isinstance(layer.f, int) else inputs)
-        except Exception as error:  # whatever a layer says that needs more than maps, such as text
-            raise ValueError(f"layer {i} of {base}, {layer.type}, does not run on maps alone: {error}") from error
-        maps.append(x)
-    for place in places:
-        if not isinstance(maps[place], Tensor) or maps[place].dim() != 4:
-            shape = type(maps[place]).__name__ if not isinstance(maps[place], Tensor) else list(maps[place].shape)
-            raise ValueError(
-                f"layer {place} of {base}, {layers[place].type}, returns {shape}, but the neck takes one map "
-                "(B, C, H, W); choose another layer"
-            )
-    return [maps[place].shape[1] for place in places]
+def all_layers(content: Mapping[str, Any]) -> list[Any]:
+    return [*content["backbone"], *content["head"]]
+
+
+def renumber(source: Any, layer: int, positions: Sequence[int]) -> Any:
+    """Return `source`, the layer(s) that layer number `layer` reads, in the numbering with necks after `positions`."""
+    if isinstance(source, list):
+        return [renumber(each, layer, positions) for each in source]
+    index = source if source >= -1 else source + layer  # -1 stays: the layer before, or its neck
+    return index + sum(position <= index for position in positions)
+
+
+def check_necks(base: str, content: Mapping[str, Any], positions: Sequence[int], keywords: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a neck with `keywords` fits the map of each layer in `positions`."""
+    check_neck_keywords(keywords)
+    for name in {"cin", "device", "dtype"} & keywords.keys():
+        raise ValueError(f"the neck's `{name}` follows from the layer before it, got {keywords[name]!r}; omit it.")
+    channels = content.get("channels", 3)
+    with explain_errors(f"Ultralytics cannot build {base}"), torch.device("meta"):  # shapes without memory and time
+        layers, _ = tasks.parse_model(deepcopy(content), ch=channels, verbose=False)
+    image = torch.empty(1, channels, 256, 256, device="meta")
+    outputs: list[Any] = []
+    for i, layer in enumerate(layers[: max(positions) + 1].eval()):
+        inputs = [outputs[j] if outputs else image for j in ([layer.f] if isinstance(layer.f, int) else layer.f)]
+        with explain_errors(f"layer {i} of {base}, {layer.type}, cannot run on maps alone"):
+            outputs.append(layer(inputs[0] if isinstance(layer.f, int) else inputs))
+    for i in positions:
+        shape = list(outputs[i].shape) if isinstance(outputs[i], Tensor) else type(outputs[i]).__name__
+        if len(shape) != 4 or isinstance(shape, str):
+            problem = f"layer {i} of {base}, {layers[i].type}, must return one map (B, C, H, W) for a neck"
+            raise ValueError(f"{problem}, got {shape}; choose another layer.")
+        with explain_errors(f"layer {i} of {base} has {shape[1]} channels"):
+            ShuntedTransformer(shape[1], **keywords, device="meta")
 
 
 def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck: dict[str, Any] | None = None) -> None:
-    """Write a model YAML for Ultralytics: one of the installed package's own, with the neck in it.
+    """Write a model YAML for Ultralytics: one of the installed package with the neck inserted.
 
     Args:
-        base: name of the model with its scale, such as yolo26s or yolo11m-seg, or a model YAML of your own.
-        out: file to write, such as yolo26s-shunted.yaml; must not exist. Ultralytics takes the scale from its name;
-            where the name has none, it is the base's.
-        after: index of the layer that the neck comes after, or several, [4, 6, 10]; by default the backbone's last
-            (10 in YOLO11 and YOLO26), and AIFI in RT-DETR.
-        neck: keywords of ShuntedTransformer, such as depth, num_heads (which must divide the channels), ratios.
-            `layer_scale` is 0 unless named: the model starts with the outputs of its base; null is the source's neck.
+        base: name of the model with its scale, such as yolo26s or yolo11m-seg, or path of a model YAML.
+        out: file to write, such as yolo26s-shunted.yaml; must not exist. Ultralytics takes the scale from this name;
+            a name without a scale keeps that of the base.
+        after: index of the layer that the neck follows, or several, [4, 6, 10]. All layers that read such a layer then
+            read its neck. Default: the last layer of the backbone (10 in YOLO11 and YOLO26), and AIFI in RT-DETR.
+        neck: keywords of ShuntedTransformer, such as depth, ratios, and num_heads, which must divide the channels.
+            `layer_scale` defaults to 0, such that the model starts with the outputs of its base; null builds the neck
+            of the reference implementation.
 
     Raises:
-        ValueError: an unknown base; a layer that is not there or gives no map; heads that do not divide its channels;
-            a file that exists, or whose name says another scale or family.
+        ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.
     """
-    content = insert_neck(base, after, neck)
     check_new_file(out, ".yaml")
-    for family in FAMILIES:
+    content = insert_neck(base, after, neck)
+    for family in ("-world", "yoloe", "rtdetr"):
         if family in Path(base).stem and family not in out.stem:
-            raise ValueError(f"Ultralytics knows {base} by its name; rename {out}, so that it has {family!r} in it")
-    mine, theirs = next(iter(content.get("scales") or {}), ""), tasks.guess_model_scale(out)
-    if mine and theirs and theirs != mine:
-        raise ValueError(
-            f"{out} is a name that Ultralytics reads as scale {theirs!r}, but {base} is scale {mine!r}; rename it"
-        )
+            raise ValueError(f"{out} must have {family!r} in its name, which tells Ultralytics the family; rename it.")
+    scale, out_scale = next(iter(content.get("scales") or {}), ""), tasks.guess_model_scale(out)
+    if scale and out_scale and out_scale != scale:
+        raise ValueError(f"{out} must have the scale of {base} in its name, {scale!r}, got {out_scale!r}; rename it.")
 
-    def line(value: Any) -> str:
+    def one_line(value: Any) -> str:
         return yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=sys.maxsize).strip()[1:-1]
 
     text = [
         f"# {base} of Ultralytics {ultralytics.__version__} with the neck of shunted-lit.",
         "# Derived from a file of Ultralytics, AGPL-3.0: https://ultralytics.com/license",
-        *(f"{key}: {line(value)}" for key, value in content.items() if key not in ("backbone", "head")),
+        *(f"{key}: {one_line(value)}" for key, value in content.items() if key not in ("backbone", "head")),
     ]
-    number = 0
-    for section in ("backbone", "head"):
-        text += ["", f"{section}:"]
-        for layer in content[section]:
-            text.append(f"  - {line(layer)}  # {number}")
-            number += 1
+    for section, first in (("backbone", 0), ("head", len(content["backbone"]))):
+        layers = enumerate(content[section], start=first)
+        text += ["", f"{section}:", *(f"  - {one_line(layer)}  # {i}" for i, layer in layers)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    necks = [i for i, layer in enumerate([*content["backbone"], *content["head"]]) if layer[2] == "ShuntedTransformer"]
-    print(f"{out}: the neck is layer {', '.join(map(str, necks))}")
+    necks = [str(i) for i, layer in enumerate(all_layers(content)) if layer[2] == NECK]
+    print(f"{out}: the neck is layer {', '.join(necks)}")
 
 
 def is_neck(layer: nn.Module) -> bool:
-    """Whether a layer of a YOLO is the neck, or several in a row."""
+    """Return whether a layer of a YOLO is the neck, or several necks in a row."""
     return isinstance(layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer, ShuntedTransformer)
 
 
 def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
-    """Gives a detector with necks the weights of the one without, whose layers have other numbers.
+    """Load the weights of a detector without necks into the same detector with necks, whose layers are renumbered.
 
     Args:
-        model: Ultralytics' DetectionModel (or of another task) with necks: `YOLO(...).model`.
-        base: the same without them. Its head may be for other classes; what fits of it is taken.
+        model: detector with necks, an Ultralytics DetectionModel (or that of another task): `YOLO(...).model`.
+        base: the same detector without necks. Its head, the last layer, may have other classes and is loaded in part.
 
     Returns:
-        How many of the base's tensors were taken, and how many it has.
+        The number of tensors that were loaded, and the number of tensors of the base.
 
     Raises:
-        ValueError: a base that is of another model, outside the head.
+        ValueError: The base has a neck, or differs from the model in a layer other than the head.
     """
-    places = [i for i, layer in enumerate(model.model) if not is_neck(layer)]
-    count = len(base.model)
     if any(map(is_neck, base.model)):
-        raise ValueError("the base has a neck itself, and is a model to train from as it is")
-    if count != len(places):
-        raise ValueError(f"the base has {count} layers, but the model has {len(places)} besides its necks")
-    given = {}
-    for name, value in base.state_dict().items():
-        _, index, rest = name.split(".", 2)
-        given[f"model.{places[int(index)]}.{rest}"] = value
-    head, necks = f"model.{places[-1]}.", tuple(f"model.{i}." for i in set(range(len(model.model))) - set(places))
-    mine = {name: value for name, value in model.state_dict().items() if not name.startswith(necks)}
-    if told := weights.describe_mismatch(
-        {name: value for name, value in mine.items() if not name.startswith(head)},
-        {name: value for name, value in given.items() if not name.startswith(head)},
-    ):
-        raise ValueError(f"the base is another model: {told}")
-    fitting = {name: v for name, v in given.items() if name in mine and mine[name].shape == v.shape}
-    model.load_state_dict(fitting, strict=False)
-    return len(fitting), len(given)
+        raise ValueError("the base must have no neck; a model with a neck can be trained as it is.")
+    layers = [layer for layer in model.model if not is_neck(layer)]
+    if len(layers) != len(base.model):
+        raise ValueError(f"the base must have the model's {len(layers)} layers without necks, got {len(base.model)}.")
+    states = [(layer.state_dict(), other.state_dict()) for layer, other in zip(layers, base.model, strict=True)]
+    for i, (own, given) in enumerate(states[:-1]):
+        if mismatch := weights.describe_mismatch(own, given):
+            raise ValueError(f"the base is another model; the weights of its layer {i} do not fit: {mismatch}")
+    loaded = total = 0
+    for layer, (own, given) in zip(layers, states, strict=True):
+        fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+        layer.load_state_dict(fitting, strict=False)
+        loaded, total = loaded + len(fitting), total + len(given)
+    return loaded, total
 
 
 def take_head(model: Any, base: Any) -> None:
-    """Puts the base's own head into a model with necks, with what goes with it, such as embeddings of class names.
-
-    One built for the classes is not the same: trained before on others, a head keeps the width that it had for those.
-    """
-    mine, head = model.model[-1], base.model[-1]
-    if type(mine) is type(head):  # else `transfer_weights` tells that the base is another model
-        head.i, head.f = mine.i, mine.f
+    """Move the head of the base, and tensors such as class embeddings, into a model with necks."""
+    # A new head may differ: a fine-tuned one keeps the width that it had for the classes before fine-tuning.
+    own, head = model.model[-1], base.model[-1]
+    if type(own) is type(head):  # `transfer_weights` loads what fits of any other head
+        head.i, head.f = own.i, own.f
         model.model[-1] = head
-        for name, value in vars(base).items():
-            if isinstance(value, Tensor):
-                setattr(model, name, value)
+        vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
 
 
-def write_weights(
-    model: Path,
-    out: Path,
-    base: str | None = None,
-    neck: str | None = None,
-    layer: int | None = None,
-    level: int | None = None,
-) -> None:
-    """Write a checkpoint to train from: a model YAML with the weights of its base, of a trained neck, or of both.
+def write_weights(model: Path, out: Path, base: str | None = None, neck: str | None = None,
+                  layer: int | None = None, level: int | None = None) -> None:  # fmt: skip
+    """Write a checkpoint to fine-tune: a model YAML with the weights of its base, of a trained neck, or of both.
 
     Args:
-        model: the model YAML with the neck, as `shunted-lit yolo yaml` writes it.
+        model: the model YAML with the neck, as written by `shunted-lit yolo yaml`.
         out: file to write, such as yolo26s-shunted.pt; must not exist.
-        base: checkpoint of the same model without the neck, such as yolo26s.pt, which Ultralytics fetches. Classes and
-            their names are taken from it.
-        neck: checkpoint of `shunted-lit fit`, or of the source; its neck is put in place.
-        layer: which layer of the model gets that neck, where it has several.
-        level: which neck of that checkpoint, where it has several.
+        base: checkpoint of the same model without the neck, such as yolo26s.pt, which Ultralytics downloads. The number
+            of classes and their names are those of this checkpoint.
+        neck: checkpoint of `shunted-lit fit` or of the reference implementation whose neck is used.
+        layer: index of the layer that gets the trained neck; needed where the model has several necks.
+        level: level of the trained neck; needed where its checkpoint has several.
 
     Raises:
-        ValueError: neither base nor neck; a base of another model; a neck that does not fit; a file that exists.
+        ValueError: Neither base nor neck is given, the base is another model, the trained neck does not fit, or the
+            file exists.
     """
     check_new_file(out, ".pt")
     if base is None and neck is None:
-        raise ValueError("nothing to take weights from: name --base, --neck, or both")
+        raise ValueError("weights must come from --base, --neck, or both, got neither.")
     if neck is None and (layer is not None or level is not None):
-        raise ValueError("layer and level say where a trained neck goes, and which; name it by --neck")
+        raise ValueError("`layer` and `level` apply to a trained neck; name its checkpoint with --neck.")
     content = read_yaml(str(model))
-    if not any(layer[2] == ShuntedTransformer.__name__ for layer in (*content["backbone"], *content["head"])):
-        raise ValueError(f"{model} has no neck; `shunted-lit yolo yaml` writes one that has")
-    try:
+    if all(module != NECK for _, _, module, _ in all_layers(content)):
+        raise ValueError(f"{model} must have a neck, got none; write a model YAML with `shunted-lit yolo yaml`.")
+    with explain_errors(f"Ultralytics cannot build {model}"):
         yolo = RTDETR(str(model)) if "rtdetr" in model.stem else YOLO(str(model))
-    except Exception as error:  # as in channels_of
-        raise ValueError(f"Ultralytics can't build {model}: {type(error).__name__}, {error}") from error
     if base is not None:
-        start = read_base(base)
-        if start.task != yolo.task:
-            raise ValueError(f"{base} is for the task {start.task!r}, but {model} for {yolo.task!r}")
-        channels = start.yaml.get("channels", 3)
-        yolo.model = type(start)(content, ch=channels, nc=len(start.names), verbose=False)
-        yolo.model.names, yolo.model.task = start.names, start.task
-        take_head(yolo.model, start)
-        try:
-            taken, total = transfer_weights(yolo.model, start)
-        except ValueError as error:
-            raise ValueError(f"{base} does not fit {model}: {error}") from None
-        print(f"{taken} of the {total} tensors of {base} are taken")
+        with explain_errors(f"{base} is not a readable checkpoint of Ultralytics"):
+            trained = tasks.load_checkpoint(base)[0]  # the averaged weights where the file has them
+        if trained.task != yolo.task:
+            raise ValueError(f"{base} must be for the task of {model}, {yolo.task!r}, got {trained.task!r}.")
+        yolo.model = type(trained)(content, ch=trained.yaml.get("channels", 3), nc=len(trained.names), verbose=False)
+        yolo.model.names, yolo.model.task = trained.names, trained.task
+        take_head(yolo.model, trained)
+        with explain_errors(f"{base} does not fit {model}"):
+            loaded, total = transfer_weights(yolo.model, trained)
+        print(f"{base}: loaded {loaded} of {total} tensors")
     if neck is not None:
-        place_neck(yolo.model, neck, layer, level)
+        load_neck(yolo.model, neck, layer, level)
     out.parent.mkdir(parents=True, exist_ok=True)
     yolo.save(str(out))
     print(out)
 
 
-def read_base(path: str) -> Any:
-    """The network in a checkpoint of Ultralytics, its averaged weights where there are such."""
-    try:
-        return tasks.load_checkpoint(path)[0]
-    except Exception as error:  # what is not there, can't be fetched, or is another kind of file
-        raise ValueError(f"{path}: no checkpoint of Ultralytics could be read ({error})") from error
-
-
-def place_neck(model: Any, path: str, layer: int | None, level: int | None) -> None:
-    """Gives a neck of `model`, the first where several are in a row, the weights of a trained one."""
-    places = [i for i, module in enumerate(model.model) if is_neck(module)]
-    if layer is None and len(places) == 1:
-        (layer,) = places
-    if layer not in places:
-        raise ValueError(f"the necks of the model are the layers {places}, and layer is {layer}; name one of them")
-    mine = next(module for module in model.model[layer].modules() if isinstance(module, ShuntedTransformer))
-    # A checkpoint of `fit` says how many heads it has; weights alone do not.
-    known = (weights.read_checkpoint(path).get("hyper_parameters") or {}).get("neck") is not None
-    trained = shunted.ShuntedTransformer.from_checkpoint(path, level, **({} if known else {"num_heads": heads(mine)}))
-    if heads(trained) != heads(mine):
-        raise ValueError(f"the neck in {path} has {heads(trained)} heads, but layer {layer} has {heads(mine)}")
+def load_neck(model: Any, path: str, layer: int | None, level: int | None) -> None:
+    """Load a trained neck into layer number `layer` of a detector; where this holds several necks, into the first."""
+    necks = [i for i, module in enumerate(model.model) if is_neck(module)]
+    layer = necks[0] if layer is None and len(necks) == 1 else layer
+    if layer not in necks:
+        raise ValueError(f"`layer` must be one of the model's necks, {necks}, got {layer}.")
+    neck: Any = next(module for module in model.model[layer].modules() if isinstance(module, ShuntedTransformer))
+    heads = neck.block[0].attn.num_heads
+    # A checkpoint of `fit` contains the number of heads; a file of weights alone does not.
+    has_keywords = (weights.read_checkpoint(path).get("hyper_parameters") or {}).get("neck") is not None
+    keywords = {} if has_keywords else {"num_heads": heads}
+    trained: Any = shunted.ShuntedTransformer.from_checkpoint(path, level, **keywords)
+    if (trained_heads := trained.block[0].attn.num_heads) != heads:
+        raise ValueError(f"the neck of {path} must have the {heads} heads of layer {layer}, got {trained_heads}.")
     state = trained.state_dict()
-    if mine.layer_scale is not None and trained.layer_scale is None:
-        state["layer_scale.gamma"] = mine.state_dict()["layer_scale.gamma"]
-        print(f"the neck in {path} has no layer scale; that of layer {layer} keeps its start")
-    mine.load_state_dict(state)
-    print(f"the neck in {path} is layer {layer}")
-
-
-def heads(neck: shunted.ShuntedTransformer) -> int:
-    attention: Any = neck.block[0].attn
-    return attention.num_heads
+    if neck.layer_scale is not None and trained.layer_scale is None:
+        state["layer_scale.gamma"] = neck.state_dict()["layer_scale.gamma"]
+        print(f"{path}: its neck has no layer scale; layer {layer} keeps its initial one")
+    neck.load_state_dict(state)
+    print(f"{path}: its neck is loaded into layer {layer}")
