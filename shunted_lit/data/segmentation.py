@@ -26,10 +26,10 @@ from shunted_lit.data.image_io import (
     read_size,
 )
 from shunted_lit.data.validation import LabelCheck
+from shunted_lit.utils.labels import IGNORED
 
 log = logging.getLogger(__name__)
 
-IGNORED = 255  # in a label map: no class, neither trained on nor counted
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, which is 0 once normalized: what a crop beyond the image is filled with
 
 

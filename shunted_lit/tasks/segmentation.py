@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from shunted_lit.data.segmentation import IGNORED
 from shunted_lit.models.feature_path import FeaturePath, group_by_size
 from shunted_lit.models.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
 from shunted_lit.utils.distributed import loss_denominator
+from shunted_lit.utils.labels import IGNORED
 from shunted_lit.visualization.plots import draw_maps
 
 log = logging.getLogger(__name__)
