@@ -24,11 +24,11 @@ from shunted_lit.commands.attention import attention
 from shunted_lit.commands.benchmark import benchmark
 from shunted_lit.commands.check import check
 from shunted_lit.commands.cost import cost
+from shunted_lit.commands.export import export
 from shunted_lit.commands.shard import shard
 from shunted_lit.commands.study import study
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
-from shunted_lit.export.formats import export
 from shunted_lit.models.weights import read_checkpoint
 from shunted_lit.prediction.writers import PredictionWriter, settings_from_checkpoint
 from shunted_lit.tasks import BaseTask
