@@ -6,8 +6,7 @@ Images are (3, H, W), floating point in 0..1 or uint8. Boxes are (n, 4) as x1 y1
 import colorsys
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from torchvision.transforms.v2.functional import rgb_to_grayscale, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from shunted_lit.utils.labels import IGNORED
+
+Target = dict[str, Any] | Tensor  # `boxes`, `labels`, perhaps `scores` and `masks` (n, H, W); or a label map (H, W)
 
 MIN_SCORE = 0.3  # lowest score of the predicted boxes that are drawn
 MAX_OVERLAP = 0.5  # IoU above which only the better of two boxes is drawn, whatever their classes
@@ -77,10 +78,13 @@ def overlay_label_map(image: Tensor, label_map: Tensor) -> Tensor:
     return overlay_masks(image, masks, labels)
 
 
-def present_classes(label_maps: Iterable[Tensor]) -> list[int]:
-    """Return the sorted classes that occur in label maps."""
-    labels = {label for label_map in label_maps for label in label_map.unique().tolist()}
-    return sorted(labels - {IGNORED})
+def present_classes(targets: Iterable[Target]) -> list[int]:
+    """Return the sorted classes that occur in targets."""
+    labels: set[int] = set()
+    for target in targets:
+        is_map = not isinstance(target, dict)
+        labels |= {*target.unique().tolist()} - {IGNORED} if is_map else {*target["labels"].tolist()}
+    return sorted(labels)
 
 
 def select_visible(prediction: dict[str, Any], min_score: float = MIN_SCORE) -> dict[str, Any]:
@@ -117,59 +121,34 @@ def draw_boxes(axes: Axes, image: Tensor, target: dict[str, Any]) -> None:
             axes.text(x1, y1 - 1, f"{target['scores'][i]:.2f}", fontsize=7, color=class_colour(label))
 
 
-def draw_pairs(
+def draw_predictions(
     path: Path,
-    pairs: Sequence[tuple[Callable[[Axes], None], Callable[[Axes], None]]],
-    labels: Sequence[int],
+    images: Sequence[Tensor],
+    truths: Sequence[Target],
+    predictions: Sequence[Target],
     class_names: Sequence[str],
 ) -> None:
-    """Save pairs of panels, ground truth and prediction, each drawn by a function, with a legend of `labels`."""
+    """Save pairs of images with their true and their predicted boxes or label maps, and a legend of the classes."""
+    predictions = [select_visible(target) if isinstance(target, dict) else target for target in predictions]
     pairs_per_row = 3
-    rows = math.ceil(len(pairs) / pairs_per_row)
+    rows = math.ceil(len(images) / pairs_per_row)
     figure, grid = make_grid(rows, 2 * pairs_per_row, (pairs_per_row * 4.2, rows * 2.25 + 0.5))
-    for cells, pair in zip(grid.reshape(-1, 2), pairs, strict=False):
-        for axes, draw, title in zip(cells, pair, ("true", "predicted"), strict=True):
-            draw(axes)
+    panels = iter(grid.flat)
+    for image, *targets in zip(images, truths, predictions, strict=True):
+        for target, title in zip(targets, ("true", "predicted"), strict=True):
+            axes = next(panels)
+            if isinstance(target, dict):
+                draw_boxes(axes, image, target)
+            else:
+                show_image(axes, overlay_label_map(image, target))
             axes.set_title(title, fontsize=7, pad=2)
-    handles = [Patch(color=class_colour(label), label=class_names[label]) for label in labels[:20]]
-    if handles:
+    labels = present_classes([*truths, *predictions])[:20]
+    if labels:
+        handles = [Patch(color=class_colour(label), label=class_names[label]) for label in labels]
         legend = figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 10), frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)  # names may hold any character
     figure.savefig(path)
-
-
-def draw_predictions(
-    path: Path,
-    images: Sequence[Tensor],
-    truths: Sequence[dict[str, Any]],
-    predictions: Sequence[dict[str, Any]],
-    class_names: Sequence[str],
-) -> None:
-    """Save pairs of images with their true and their predicted boxes."""
-    predictions = [select_visible(prediction) for prediction in predictions]
-    pairs = [
-        (partial(draw_boxes, image=image, target=truth), partial(draw_boxes, image=image, target=prediction))
-        for image, truth, prediction in zip(images, truths, predictions, strict=True)
-    ]
-    labels = sorted({label for target in (*truths, *predictions) for label in target["labels"].tolist()})
-    draw_pairs(path, pairs, labels, class_names)
-
-
-def draw_maps(
-    path: Path,
-    images: Sequence[Tensor],
-    truths: Sequence[Tensor],
-    predictions: Sequence[Tensor],
-    class_names: Sequence[str],
-) -> None:
-    """Save pairs of images under their true and their predicted label maps (H, W)."""
-    pairs = [
-        (partial(show_image, image=overlay_label_map(image, truth)),
-         partial(show_image, image=overlay_label_map(image, prediction)))
-        for image, truth, prediction in zip(images, truths, predictions, strict=True)
-    ]  # fmt: skip
-    draw_pairs(path, pairs, present_classes([*truths, *predictions]), class_names)
 
 
 def draw_classes(

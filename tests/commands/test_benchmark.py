@@ -10,7 +10,7 @@ from PIL import Image
 
 from shunted_lit.cli import main
 from shunted_lit.commands.benchmark import make_candidates
-from shunted_lit.export import formats
+from shunted_lit.export import formats, measurement
 from shunted_lit.export.measurement import Candidate, check_plain_neck, measure_size, time_interleaved
 from shunted_lit.models.plain_neck import PlainNeck
 
@@ -28,9 +28,10 @@ def test_plain_neck_equals_the_neck(name):
             torch.testing.assert_close(plain(features), neck(features), rtol=1e-4, atol=1e-5)
 
 
-def test_run_writes_tables_sizes_and_a_picture(capsys):
+def test_run_writes_tables_sizes_and_a_picture(capsys, monkeypatch):
+    monkeypatch.setitem(measurement.DEVICES, "cpu", measurement.DEVICES["cpu"]._replace(matmul_side=256))
     Path("mine.py").write_text("import torch\ndef factory():\n    return torch.nn.Conv2d(16, 16, 3)\n")
-    arguments = ["--necks=[neck]", "--backbones=[resnet18]", "--against=[mine:factory]", "--sizes=[4, 8]"]
+    arguments = ["--necks=[neck]", "--backbones=[test_resnet]", "--against=[mine:factory]", "--sizes=[8]"]
     main(["benchmark", *TINY, *arguments, "--backends=[eager, onnx, openvino]", "--memory=false"])
     content = json.loads(Path("benchmark/benchmark.json").read_text())
     assert content["machine"]["torch"] == torch.__version__
@@ -54,7 +55,7 @@ def test_run_writes_tables_sizes_and_a_picture(capsys):
     assert mine["flops"] == 2 * 16 * 16 * 9 * 6 * 6
     trained = content["tables"]["necks, training"][0]
     assert trained["flops"] == 3 * rows[0]["flops"]
-    assert [[point["size"] for point in points] for points in content["sizes"].values()] == [[4, 8]] * 2
+    assert [[point["size"] for point in points] for points in content["sizes"].values()] == [[8]] * 2
     assert all(0 <= point["peak_memory"] < 1e9 for points in content["sizes"].values() for point in points)
     with Image.open("benchmark/benchmark.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50

@@ -40,6 +40,7 @@ def read_results():
         return {row["config"]: row for row in csv.DictReader(file)}
 
 
+@pytest.mark.slow  # five trainings
 def test_study_resumes_and_adds_seeds(monkeypatch, capsys):
     trained = []
     train = StudyRun.train
