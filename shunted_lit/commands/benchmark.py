@@ -32,6 +32,7 @@ from shunted_lit.models.shunted import ShuntedTransformer
 from shunted_lit.utils.checks import check_minimum
 from shunted_lit.utils.files import check_new_folder
 
+BACKBONES = ["shunted_t", "pvt_v2_b1", "shunted_s", "pvt_v2_b2", "swin_tiny_patch4_window7_224", "convnext_tiny"]
 ABBREVIATIONS = {"float32": "f32", "bfloat16": "bf16"}
 CAPTION = (
     "ms: median, with the spread from the fastest to the slowest round; ratio: speed relative to the first row; "
@@ -42,14 +43,7 @@ CAPTION = (
 def benchmark(
     out: Path = Path("benchmark"),
     necks: list[str] = ["neck", "plain neck"],
-    backbones: list[str] = [
-        "shunted_t",
-        "pvt_v2_b1",
-        "shunted_s",
-        "pvt_v2_b2",
-        "swin_tiny_patch4_window7_224",
-        "convnext_tiny",
-    ],
+    backbones: list[str] = BACKBONES,
     against: list[str] = [],
     against_input: Literal["features", "images"] = "features",
     modes: list[Mode] = ["inference", "training"],
@@ -109,9 +103,8 @@ def benchmark(
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     check_neck_keywords(neck)
     cin = ShuntedTransformer(**{**neck, "device": "meta"}).cin
-    on_features, on_images = (necks, [*backbones, *against])
-    if against_input == "features":
-        on_features, on_images = [*necks, *against], backbones
+    on_features = [*necks, *against] if against_input == "features" else necks
+    on_images = [*backbones, *against] if against_input == "images" else backbones
     batches = {"inference": batch, "training": train_batch}
     groups: dict[str, list[Candidate]] = {}
     for mode in modes:
