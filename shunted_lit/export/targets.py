@@ -105,9 +105,7 @@ def neck_target(neck: ShuntedTransformer) -> ExportTarget:
         save_file(weights, out / "model.safetensors", {"neck": json.dumps(keywords)})
 
     description = f"features (B, {neck.cin}, H, W) -> output (B, {neck.cin}, H, W)"
-    return ExportTarget(
-        neck, neck.cin, description=description, stride=max(ratios), save_weights=save_weights
-    )  # fmt: skip
+    return ExportTarget(neck, neck.cin, description=description, stride=max(ratios), save_weights=save_weights)
 
 
 def build_backbone(path: str, weights: Mapping[str, Tensor]) -> nn.Module:

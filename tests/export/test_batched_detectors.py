@@ -48,9 +48,9 @@ def test_batched_detector_equals_torchvision(name):
 @pytest.mark.parametrize(
     ("name", "format"),
     [
+        ("fcos", "torch_export"),
         pytest.param("fcos", "openvino", marks=pytest.mark.slow),
-        pytest.param("fcos", "torch_export", marks=pytest.mark.slow),
-        ("retinanet", "onnx"),
+        pytest.param("retinanet", "onnx", marks=pytest.mark.slow),
     ],
 )
 def test_exported_detector_finds_the_same_objects(name, format):
