@@ -20,13 +20,15 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a path
+from shunted_lit.commands.attention import attention
 from shunted_lit.commands.benchmark import benchmark
 from shunted_lit.commands.check import check
+from shunted_lit.commands.cost import cost
+from shunted_lit.commands.export import export
 from shunted_lit.commands.shard import shard
 from shunted_lit.commands.study import study
 from shunted_lit.data.digits import write_digits
 from shunted_lit.data.scenes import write_scenes
-from shunted_lit.export.formats import export
 from shunted_lit.models.weights import read_checkpoint
 from shunted_lit.prediction.writers import PredictionWriter, settings_from_checkpoint
 from shunted_lit.tasks import BaseTask
@@ -40,7 +42,6 @@ from shunted_lit.training.checkpoint import (
     run_version,
 )
 from shunted_lit.training.report import RunReport
-from shunted_lit.visualization.attention import attention, cost
 
 log = logging.getLogger(__name__)
 

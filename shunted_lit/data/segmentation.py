@@ -27,10 +27,10 @@ from shunted_lit.data.image_io import (
 )
 from shunted_lit.data.validation import LabelCheck, find_repeated
 from shunted_lit.utils.checks import check_fraction, check_minimum, check_range
+from shunted_lit.utils.labels import IGNORED
 
 log = logging.getLogger(__name__)
 
-IGNORED = 255  # in a label map: no class; ignored in training and evaluation
 MEAN_COLOUR = (124, 116, 104)  # of ImageNet, which normalization maps to 0; fills a crop beyond the image
 
 

@@ -1,1 +1,1 @@
-"""Writers of predictions, and the chunks in which a prediction run is resumed."""
+"""Prediction: writers of its files, and the chunks in which an interrupted run is resumed."""

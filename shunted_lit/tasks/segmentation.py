@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from shunted_lit.data.segmentation import IGNORED
 from shunted_lit.models.feature_path import FeaturePath, group_by_size
 from shunted_lit.models.segmenters import LEVELS, Segmenter, segment
 from shunted_lit.tasks.base import BaseTask
 from shunted_lit.utils.distributed import loss_denominator
-from shunted_lit.visualization.plots import draw_maps
+from shunted_lit.utils.labels import IGNORED
+from shunted_lit.visualization.plots import draw_predictions
 
 log = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class SegmentationTask(BaseTask):
     def draw(self, path: Path, samples: Sequence[tuple[Tensor, Tensor]]) -> None:
         images, truths = zip(*samples, strict=True)
         maps = [logits.argmax(0).cpu() for image in images for logits in self([image.to(self.device, self.dtype)])]
-        draw_maps(path, images, truths, maps, self.class_names)
+        draw_predictions(path, images, truths, maps, self.class_names)
 
     def _log_scores(self, stage: str) -> None:
         confusion = self.confusion.compute().double()

@@ -1,1 +1,1 @@
-"""Figures: predictions, training curves, attention."""
+"""Pictures: predictions, the curves of a run, and attention."""

@@ -21,14 +21,7 @@ HERE = Path(__file__).parents[1]
 LIST = HERE / "commands/surface.json"
 MODULES = ["shunted_lit", "shunted_lit.tasks", "shunted_lit.data"]
 FURTHER = {  # of modules that name no public ones, what README tells of
-    "shunted_lit.visualization.attention": [
-        "attention",
-        "attention_costs",
-        "attention_maps",
-        "cost",
-        "draw_attention",
-        "record_attention",
-    ],
+    "shunted_lit.visualization.attention": ["attention_costs", "attention_maps", "draw_attention", "record_attention"],
     "shunted_lit.training.checkpoint": ["RunCheckpoint"],
     "shunted_lit.models.detectors": ["DETECTORS", "Pyramid", "build_detector", "detect"],
     "shunted_lit.models.feature_path": ["FeaturePath"],

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from shunted_lit import ShuntedBackbone, ShuntedTransformer
 from shunted_lit.cli import main
-from shunted_lit.export.formats import export
+from shunted_lit.commands.export import export
 from shunted_lit.models import ablations
 from shunted_lit.models.ablations import AGGREGATIONS, FEED_FORWARDS, LOCAL_ENHANCEMENTS, STEMS
 from shunted_lit.visualization.attention import attention_maps

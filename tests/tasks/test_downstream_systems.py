@@ -267,9 +267,9 @@ def test_predict_tells_what_it_needs(trained, pictures):
         main(["predict", checkpoint])
     with pytest.raises(ValueError, match=r"none\.ckpt: no such file"):
         main(["predict", images, "--ckpt_path=none.ckpt"])
-    with pytest.raises(ValueError, match="the data are ShapesDataModule; a checkpoint is enough"):
+    with pytest.raises(ValueError, match="got ShapesDataModule; a checkpoint is enough"):
         main(["predict", "--data=ShapesDataModule", checkpoint])
-    with pytest.raises(ValueError, match=r"is within the images, .*, and the next run would read"):
+    with pytest.raises(ValueError, match=r"must not be inside the images .*: the next run would read"):
         main(["predict", images, checkpoint, f"--predictions.out={pictures}/out"])
     with pytest.raises(ValueError, match="nowhere: no such folder or image"):
         main(["predict", "--data.images=nowhere", checkpoint])

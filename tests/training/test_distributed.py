@@ -18,9 +18,9 @@ from PIL import Image
 
 from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
-from shunted_lit.data.segmentation import IGNORED
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 from shunted_lit.utils.files import lock_folder
+from shunted_lit.utils.labels import IGNORED
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,7 +240,7 @@ def test_two_processes_stop_at_a_signal_and_go_on(trained, tmp_path):
     assert [int(row["step"]) for row in rows(tmp_path / "version_0") if row["train/loss"]] == [0, 1, 2, 3]
 
 
-# --- prediction in parts
+# --- prediction in chunks
 
 
 @pytest.fixture(scope="module")
@@ -281,31 +281,31 @@ def test_two_processes_predict_what_one_does_and_go_on(trained, pictures, tmp_pa
     # Cut off after 8 images; then by two processes, for the rest.
     main(predict(trained, pictures, out, "--trainer.limit_predict_batches=8"))
     told = capsys.readouterr().out
-    assert "2 of 7 parts are done; the same command goes on" in told
+    assert "2 of 7 chunks are complete; run the same command again to resume" in told
     done = {path: path.stat().st_mtime_ns for path in (out / "labels").iterdir()}
     assert len(done) == 8
     several = ["--trainer.devices=2", "--trainer.strategy=ddp"]
     said = torchrun("-m", "shunted_lit", *predict(trained, pictures, out, *several))
     assert said.returncode == 0, said.stderr[-3000:]
     assert said.stdout.count("21 images") == 1
-    assert "2 of 7 parts were done before" in said.stderr
+    assert "resuming after 2 of 7 chunks" in said.stderr
     assert files_in(out) == whole
     kept = [path for path, time_ns in done.items() if path.stat().st_mtime_ns == time_ns]
-    assert len(kept) == 6, "two parts of 3 images"
+    assert len(kept) == 6, "two chunks of 3 images"
 
 
-def test_parts_of_another_prediction_are_refused(trained, pictures, tmp_path):
+def test_chunks_of_another_prediction_are_rejected(trained, pictures, tmp_path):
     main(predict(trained, pictures, tmp_path, "--trainer.limit_predict_batches=4"))
-    with pytest.raises(ValueError, match=r"was begun with weights .*, but now it is .*; remove this folder"):
+    with pytest.raises(ValueError, match=r"was started with weights .*, now it is .*; remove this folder"):
         main(predict(trained, pictures, tmp_path, checkpoint="best"))
-    with pytest.raises(ValueError, match=r"was begun with min_score 0\.01, but now it is 0\.5"):
+    with pytest.raises(ValueError, match=r"was started with min_score 0\.01, now it is 0\.5"):
         main([*predict(trained, pictures, tmp_path), "--predictions.min_score=0.5"])
-    lock = lock_folder(tmp_path / ".parts")
-    with pytest.raises(ValueError, match=r"\.parts: another process is writing to it"):
+    lock = lock_folder(tmp_path / ".chunks")
+    with pytest.raises(ValueError, match=r"\.chunks: another process is writing to it"):
         main(predict(trained, pictures, tmp_path))
     lock.release()
-    (tmp_path / ".parts/origin.json").write_text("{")
-    with pytest.raises(ValueError, match=r"\.parts: can't go on from what is there .*; remove this folder"):
+    (tmp_path / ".chunks/origin.json").write_text("{")
+    with pytest.raises(ValueError, match=r"\.chunks: damaged, cannot be resumed .*; remove this folder"):
         main(predict(trained, pictures, tmp_path))
 
 
@@ -328,12 +328,12 @@ def test_images_that_changed_since_are_noticed(trained, pictures, tmp_path):
     shutil.copytree(pictures, source)
     main(predict(trained, source, out, "--trainer.limit_predict_batches=4"))
     Image.new("RGB", (40, 30)).save(source / "00.png")
-    with pytest.raises(ValueError, match=r"was begun with names, sizes and times of images"):
+    with pytest.raises(ValueError, match=r"was started with names, sizes and times of images"):
         main(predict(trained, source, out))
     (source / "20.png").unlink()
-    with pytest.raises(ValueError, match="was begun with number of images 21, but now it is 20"):
+    with pytest.raises(ValueError, match="was started with number of images 21, now it is 20"):
         main(predict(trained, source, out))
-    with pytest.raises(ValueError, match=r"was begun with folder .*source, but now it is"):
+    with pytest.raises(ValueError, match=r"was started with folder .*source, now it is"):
         main(predict(trained, pictures, out))
 
 

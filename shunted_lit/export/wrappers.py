@@ -1,0 +1,54 @@
+"""Modules that stand in for operations which exporters cannot follow, or follow for one input size only."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class NormalizedInput(nn.Module):
+    """A network with the normalization of its images in front: images (B, 3, H, W) in 0..1 -> the network's output."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+class DynamicAvgPool2d(nn.Module):
+    """`nn.AdaptiveAvgPool2d(count)` as two matrix products, (B, C, H, W) -> (B, C, count, count).
+
+    Exporters fix the bins of the original to the example's height and width.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bin_weights(x, x.shape[-2]) @ x @ self.bin_weights(x, x.shape[-1]).T
+
+    def bin_weights(self, x: Tensor, size: int) -> Tensor:
+        """Return the weight of each row (or column) in the mean of each bin: (count, size), rows sum to 1."""
+        position, bins = (torch.arange(n, device=x.device) for n in (size, self.count))
+        first, last = bins * size // self.count, ((bins + 1) * size + self.count - 1) // self.count
+        inside = ((position >= first[:, None]) & (position < last[:, None])).to(x.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+
+def replace_adaptive_pooling(network: nn.Module) -> nn.Module:
+    """Return a copy of a network with square adaptive average pooling replaced by `DynamicAvgPool2d`."""
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
+                setattr(module, name, DynamicAvgPool2d(child.output_size))
+    return network

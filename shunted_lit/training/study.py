@@ -1,0 +1,105 @@
+"""Runs of a study: one config trained with one seed each, and the summary of their scores."""
+
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shunted_lit.visualization.plots import read_metrics
+
+Scores = dict[str, float]
+
+
+class StudyRun:
+    """One `shunted-lit fit` in a folder of its own.
+
+    Args:
+        config: the YAML file.
+        seed: of all random numbers.
+        folder: of the run; holds `origin.json`, and `done.json` with the scores once the run is finished.
+        options: further arguments of the command line.
+    """
+
+    def __init__(self, config: Path, seed: int, folder: Path, options: Sequence[str]):
+        self.config, self.seed, self.folder, self.options = config, seed, folder, list(options)
+        self.done, self.origin = folder / "done.json", folder / "origin.json"
+
+    def describe_origin(self) -> dict[str, Any]:
+        return {"config": self.config.read_text(encoding="utf-8"), "options": self.options}
+
+    def check_folder(self) -> None:
+        """Raise ValueError if the folder holds something other than this run."""
+        if not self.folder.exists() or (self.folder.is_dir() and not any(self.folder.iterdir())):
+            return  # empty after an interruption
+        if not self.origin.is_file():
+            raise ValueError(f"{self.folder}: must be empty or hold a run of a study; choose another --out.")
+        if json.loads(self.origin.read_text(encoding="utf-8")) != self.describe_origin():
+            raise ValueError(
+                f"{self.folder}: {self.config.name} or the options have changed since this run; choose another --out, "
+                "or remove the folder."
+            )
+
+    def is_done(self) -> bool:
+        """Return whether complete scores are stored."""
+        try:
+            return bool(self.read_scores())
+        except (OSError, ValueError):
+            return False
+
+    def read_scores(self) -> Scores:
+        return json.loads(self.done.read_text(encoding="utf-8"))
+
+    def train(self) -> None:
+        """Train from the first step, also after an interruption, and store the best score of each metric.
+
+        Raises:
+            ValueError: the training failed, with the last error of its log.
+        """
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.origin.write_text(json.dumps(self.describe_origin()), encoding="utf-8")
+        command = [sys.executable, "-m", "shunted_lit", "fit", f"--config={self.config}", *self.options,
+                   f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder}"]  # fmt: skip
+        start, log = time.monotonic(), self.folder / "log.txt"
+        with log.open("w", encoding="utf-8") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        metrics = self.folder / "version_0/metrics.csv"
+        if code or not metrics.is_file():
+            reason = "it has written no metrics.csv"
+            if code:
+                lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {code}"]
+                reason = ([line for line in lines if "error:" in line.lower()] or lines)[-1]
+            raise ValueError(f"{self.config}, seed {self.seed}: training failed: {reason}; see {log}.")
+        scores = {}
+        for name, (_, values) in read_metrics(metrics).items():
+            best = min(values) if name.endswith("loss") else max(values)
+            if name.startswith("val/") and best != -1:  # torchmetrics: there is no such object
+                scores[name] = best
+        self.done.write_text(json.dumps({**scores, "minutes": (time.monotonic() - start) / 60}), encoding="utf-8")
+
+
+def summarize(results: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:
+    """Return a row per config: the mean of each score over the runs that have it, and its sample standard deviation.
+
+    The deviation of a single run is "".
+    """
+    rows = []
+    for name, runs in results.items():
+        row: dict[str, Any] = {"config": name, "runs": len(runs)}
+        for score in dict.fromkeys(score for run in runs for score in run):
+            values = [run[score] for run in runs if score in run]
+            row[score] = statistics.fmean(values)
+            row[f"{score} std"] = statistics.stdev(values) if len(values) > 1 else ""
+        rows.append(row)
+    return rows
+
+
+def score_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the names of the scores in the rows of a summary, in order."""
+    columns = dict.fromkeys(column for row in rows for column in row)
+    return [column for column in columns if column not in ("config", "runs") and not column.endswith(" std")]
