@@ -33,3 +33,10 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         close = difflib.get_close_matches(str(value), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else "."
         raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}{hint}")
+
+
+def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError where `owner` has no option of one of these names."""
+    known = sorted(known)
+    if unknown := sorted(set(options).difference(known)):
+        raise ValueError(f"{owner} has no option {', '.join(unknown)}; choose from {', '.join(known)}.")
