@@ -170,7 +170,8 @@ def test_segmenters(decoder, format):
 def test_batched_detectors_equal_torchvisions(name):
     options = {"box_score_thresh": 0.01} if "rcnn" in name else {"score_thresh": 0.01}
     features = FeaturePath("resnet18", levels=(3, 4, 5), neck={"depth": 1, "mlp_ratios": 1})
-    detector = build_detector(name, features, 3, 32, 1, 0.25, 64, 128, **options)
+    detector = build_detector(name, features, 3, pyramid_channels=32, extra_levels=1, anchor_scale=0.25, min_size=64,
+                              max_size=128, **options)  # fmt: skip
     spread_scores(detector).eval()
     network = batched(detector).eval()
     for size in ((64, 64), (64, 90), (101, 64)):
