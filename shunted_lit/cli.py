@@ -32,7 +32,7 @@ from shunted_lit.data.scenes import write_scenes
 from shunted_lit.models.weights import read_checkpoint
 from shunted_lit.prediction.writers import PredictionWriter, settings_from_checkpoint
 from shunted_lit.tasks import BaseTask
-from shunted_lit.tasks.base import annotation_for, class_of
+from shunted_lit.tasks.base import import_task_class, required_annotation
 from shunted_lit.training.checkpoint import (
     LAST,
     AtomicCheckpointIO,
@@ -123,7 +123,7 @@ class ShuntedCLI(LightningCLI):
             }
         )
         parser.add_lightning_class_args(RunReport, "report")
-        parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
+        parser.link_arguments("model", "data.init_args.annotation", compute_fn=required_annotation)
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
 
@@ -186,7 +186,7 @@ class ShuntedCLI(LightningCLI):
         if found != task:
             raise ValueError(f"the checkpoint is of {found.rpartition('.')[2]}, not of {name}")
         of_data = ("num_classes", "class_names")  # the task compares them itself, when the checkpoint is loaded
-        adjustable = class_of(config.model).adjustable if self.from_checkpoint else ()
+        adjustable = import_task_class(config.model).evaluation_settings if self.from_checkpoint else ()
         arguments = self.config[self.config.subcommand].model.init_args
         for name, value in list(arguments.items()):
             if name not in asked or asked[name] == value or name in of_data:

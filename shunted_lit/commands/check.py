@@ -8,7 +8,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from shunted_lit.data import BaseDataModule
 from shunted_lit.data.base import annotation_covers
 from shunted_lit.tasks import BaseTask
-from shunted_lit.tasks.base import annotation_for
+from shunted_lit.tasks.base import required_annotation
 
 HELP = """Looks at a data set and prints all that is wrong with it: labels, and the headers of images and masks; with
 --decode, their pixels as well. In parallel (data.num_workers). A config of `shunted-lit fit` works as it is."""
@@ -23,7 +23,7 @@ def data_parser(command: str, description: str, words: Sequence[str]) -> Argumen
     for other in ("trainer", "checkpoint", "report", "seed_everything", "ckpt_path", "weights_only"):
         parser.add_argument(f"--{other}", type=Any, help="of fit; not looked at")
     if {word.partition("=")[0] for word in words} & {"--model", "-c", "--config"}:  # else --data.annotation tells
-        parser.link_arguments("model", "data.init_args.annotation", compute_fn=annotation_for)
+        parser.link_arguments("model", "data.init_args.annotation", compute_fn=required_annotation)
     for name in ("num_classes", "class_names"):  # which a config of fit leaves out
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
     return parser
@@ -32,7 +32,7 @@ def data_parser(command: str, description: str, words: Sequence[str]) -> Argumen
 def parse_data(parser: ArgumentParser, words: Sequence[str]) -> tuple[Any, Any]:
     """The data, and all settings."""
     config = parser.parse_args(list(words))
-    wanted, config.model = annotation_for(config.model), None
+    wanted, config.model = required_annotation(config.model), None
     data = parser.instantiate(config).data
     if wanted and not annotation_covers(data.annotation, wanted):
         raise ValueError(f"the task learns from {wanted}, but {type(data).__name__} has {data.annotation}")

@@ -1,4 +1,4 @@
-"""Training tasks, a LightningModule each."""
+"""Training tasks, one LightningModule per file."""
 
 from shunted_lit.tasks.base import BaseTask
 from shunted_lit.tasks.classification import ClassificationTask

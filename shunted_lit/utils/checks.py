@@ -80,3 +80,10 @@ def is_of_type(value: Any, kind: Any) -> bool:
 def describe_type(kind: Any) -> str:
     """Return an annotation as users write it."""
     return inspect.formatannotation(kind).replace("collections.abc.", "")
+
+
+def check_options(owner: str, options: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError where `owner` has no option of one of these names."""
+    known = sorted(known)
+    if unknown := sorted(set(options).difference(known)):
+        raise ValueError(f"{owner} has no option {', '.join(unknown)}; choose from {', '.join(known)}.")

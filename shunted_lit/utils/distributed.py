@@ -1,4 +1,4 @@
-"""What processes that train together tell each other, besides their gradients."""
+"""Values that the ranks (processes) of a distributed run exchange, besides gradients."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,21 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Number of the processes."""
+    """Return the number of ranks, 1 outside a distributed run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def loss_denominator(count: Tensor) -> Tensor:
-    """What a process divides its summed loss by, from its count, such as that of its labelled pixels; all have to ask.
+    """Return what a rank divides its summed loss by. All ranks must call it.
 
-    Gradients are averaged over processes: only over the count of all, at least 1, is the loss that of a single process.
+    Gradients are averaged over ranks. Only with this denominator is the average the gradient of a single process that
+    sees all images.
+
+    Args:
+        count: Number of terms in this rank's sum, such as its labelled pixels; a scalar.
+
+    Returns:
+        The number of terms on all ranks, at least 1, divided by the world size; a scalar.
     """
     if world_size() == 1:
         return count.clamp(min=1)
@@ -25,18 +32,20 @@ def loss_denominator(count: Tensor) -> Tensor:
 
 
 def gather_lists(values: list[Any]) -> list[Any]:
-    """Those of all processes, in their order; any number of each."""
-    parts: list[list[Any]] = [[] for _ in range(world_size())]
-    dist.all_gather_object(parts, values)
-    return [value for part in parts for value in part]
+    """Concatenate the lists of all ranks, in rank order. Their lengths may differ."""
+    per_rank: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(per_rank, values)
+    return [value for rank_values in per_rank for value in rank_values]
 
 
-def check_equal_on_all_ranks(facts: Mapping[str, Any]) -> None:
-    """Raises ValueError, in all processes, where they do not have the same; else they would wait for each other."""
+def check_equal_on_all_ranks(values: Mapping[str, Any]) -> None:
+    """Raise ValueError, on all ranks, where a named value differs between them: they would wait for each other."""
     if world_size() == 1:
         return
-    of_all = gather_lists([facts])
-    for name, first in of_all[0].items():
-        for rank, theirs in enumerate(of_all):
-            if theirs[name] != first:
-                raise ValueError(f"{name}: {first} in rank 0, but {theirs[name]} in rank {rank}; all need the same")
+    per_rank = gather_lists([values])
+    for name, first in per_rank[0].items():
+        for rank, other in enumerate(per_rank):
+            if other[name] != first:
+                raise ValueError(
+                    f"{name} must be the same on all ranks, but rank 0 has {first} and rank {rank} has {other[name]}."
+                )

@@ -82,8 +82,11 @@ def present_classes(targets: Iterable[Target]) -> list[int]:
     """Return the sorted classes that occur in targets."""
     labels: set[int] = set()
     for target in targets:
-        is_map = not isinstance(target, dict)
-        labels |= {*target.unique().tolist()} - {IGNORED} if is_map else {*target["labels"].tolist()}
+        if isinstance(target, dict):
+            labels.update(target["labels"].tolist())
+        else:
+            labels.update(target.unique().tolist())
+    labels.discard(IGNORED)
     return sorted(labels)
 
 

@@ -179,7 +179,7 @@ def test_decay_spares_norms_and_biases_and_the_rate_follows_its_schedule():
 
 
 def test_endless_training_is_told():
-    with pytest.raises(ValueError, match="training has no end"):
+    with pytest.raises(ValueError, match="Training has no end"):
         fit(*QUICK, "--trainer.max_epochs=-1")
 
 
@@ -197,7 +197,7 @@ def test_a_resumed_run_follows_its_own_longer_schedule():
 def test_settings_that_a_checkpoint_overrides_are_told(caplog):
     _, first = fit(*QUICK, "--trainer.max_epochs=1")
     resumed, _ = fit(*QUICK, "--trainer.max_epochs=2", "--model.lr=0.5", f"--ckpt_path={first}/checkpoints/last.ckpt")
-    assert resumed.model.lr == 0.002
+    assert resumed.model.optim.lr == 0.002
     assert "model.lr is 0.002, as in the checkpoint, not 0.5" in caplog.text
 
 
@@ -302,11 +302,11 @@ def test_wrong_settings_end_in_one_line(args, message):
         (["--model.levels=[4,4]"], "none twice"),
         (["--model.detector_options={foo: 1}"], "fcos has no option foo"),
         (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate is 1.5"),
-        (["--model.lr=-1"], "lr is -1"),
-        (["--model.min_size=1024"], "min_size is 1024 and max_size 96, but .* raise max_size too"),
-        (["--model.min_size=0"], "min_size is 0 and max_size 96, but 1 pixel or more"),
+        (["--model.lr=-1"], "`lr` must be above 0, got -1"),
+        (["--model.min_size=1024"], r"`min_size` .* 1 and `max_size` \(96\), got 1024; .*raise `max_size`"),
+        (["--model.min_size=0"], r"`min_size` must be between 1 and `max_size` \(96\), got 0"),
         (["--model.neck={mlp_ratios: -1}"], "width is -1 times 512 channels, but at least 1"),
-        (["--model.detector=yolo"], "detector is 'yolo'; choose one of"),
+        (["--model.detector=yolo"], "`detector` must be one of faster_rcnn, .*got 'yolo'"),
         (["--data.train_size=0"], "train_size is 0"),
         (["--model.num_classes=3"], "model.num_classes is 3, but the data have 5 classes; leave it out"),
         (["--model.neck={depth: many}"], "the neck's depth is 'many', but int is needed"),
@@ -367,7 +367,7 @@ SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "-
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--model.pyramid_channels=0"], "pyramid_channels is 0"),
+    (["--model.pyramid_channels=0"], "`pyramid_channels` must be at least 1, got 0"),
     (["--data=DetectionDataModule"], "DetectionDataModule is a base class; choose a data module that reads data"),
 ])  # fmt: skip
 def test_settings_that_can_not_be_are_told(words, message, tmp_path, monkeypatch, capsys):

@@ -46,14 +46,14 @@ class Nothing(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize(("call", "told"), [
-    (lambda: ClassificationTask(1), "num_classes is 1, but there is nothing to tell apart"),
-    (lambda: ClassificationTask(3, ["a", "b"]), "class_names has 2 names, but num_classes is 3"),
+    (lambda: ClassificationTask(1), "`num_classes` must be at least 2, got 1"),
+    (lambda: ClassificationTask(3, ["a", "b"]), r"`class_names` must have `num_classes` \(3\) names, got 2"),
     (lambda: ClassificationTask(2).on_load_checkpoint({"task": "Other"}), "is of Other, not of ClassificationTask"),
-    (lambda: DetectionTask(2, pyramid_channels=48), "pyramid_channels is 48, but fcos needs a multiple of 32"),
-    (lambda: DetectionTask(2, anchor_scale=0), "anchor_scale is 0, but more than 0"),
-    (lambda: build_detector("fcos", FeaturePath("resnet18"), 0), "num_classes is 0, but at least 1"),
+    (lambda: DetectionTask(2, pyramid_channels=48), "`pyramid_channels` must be a multiple of 32 for fcos, got 48"),
+    (lambda: DetectionTask(2, anchor_scale=0), "`anchor_scale` must be above 0, got 0"),
+    (lambda: build_detector("fcos", FeaturePath("resnet18"), 0), "`num_classes` must be at least 1, got 0"),
     (lambda: batch_detector(nn.Identity()), "Detectors that can be exported are FCOS, .*, got Identity"),
-    (lambda: Segmenter("fpn", FeaturePath("resnet18", levels=[3, 4, 5]), 3), r"have the levels \[3, 4, 5\]"),
+    (lambda: Segmenter("fpn", FeaturePath("resnet18", levels=[3, 4, 5]), 3), r"levels \[2, 3, 4, 5\], got \[3, 4, 5\]"),
     (lambda: ShuntedSelfAttention(64, 2, attn_drop=1.5), "dropout on attention is 1.5, but 0 to 1"),
     (lambda: ShuntedBackbone(dims=(64,)), r"have \[1, 4, 4, 4, 4\] entries; give each one a stage"),
     (lambda: ShuntedBackbone().forward_intermediates(torch.rand(1, 3, 32, 32), output_fmt="NLC"), "is 'NLC'"),
@@ -147,7 +147,7 @@ def test_a_name_is_enough_for_attention_and_export(tmp_path):
 def test_a_task_that_draws_nothing(tmp_path):
     class Plain(BaseTask):
         def __init__(self):
-            super().__init__(2, None, 1e-3, 0.0, 0.0, 0.0)
+            super().__init__(2)
 
     with pytest.raises(NotImplementedError, match="Plain draws nothing"):
         Plain().draw(tmp_path / "a.png", [])

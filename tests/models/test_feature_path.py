@@ -120,9 +120,9 @@ def test_pyramid_levels_have_their_strides():
 
 def test_invalid_detectors_are_refused():
     features = FeaturePath("resnet18")
-    with pytest.raises(ValueError, match=f"'yolo'; choose one of {', '.join(sorted(DETECTORS))}"):
+    with pytest.raises(ValueError, match=f"`detector` must be one of {', '.join(sorted(DETECTORS))}, got 'yolo'"):
         build_detector("yolo", features, 3)
-    with pytest.raises(ValueError, match="num_classes is 0"):
+    with pytest.raises(ValueError, match="`num_classes` must be at least 1, got 0"):
         build_detector("fcos", features, 0)
-    with pytest.raises(ValueError, match="extra_levels is 3"):
+    with pytest.raises(ValueError, match=r"`extra_levels` must be one of \[0, 1, 2\], got 3"):
         build_detector("fcos", features, 1, extra_levels=3)

@@ -74,18 +74,18 @@ def test_a_harmless_neck_in_a_trained_detector(tmp_path):
 def test_equal_classes_keep_their_layers_and_other_names_are_told(tmp_path, caplog):
     weights = save(DetectionTask(2, ["cat", "dog"], **SMALL), tmp_path / "run.ckpt")
     assert not anew(DetectionTask(2, ["cat", "dog"], weights=weights, **SMALL), weights)
-    assert "there and" not in caplog.text
+    assert "in the file and" not in caplog.text
     assert not anew(DetectionTask(2, ["cat", "cow"], weights=weights, **SMALL), weights)
-    assert "class 1 is 'dog' there and 'cow' here; classes start from those of their number" in caplog.text
+    assert "class 1 is 'dog' in the file and 'cow' here; classes take the weights of the same number" in caplog.text
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
     weights = save(DetectionTask(2, **SMALL), tmp_path / "run.ckpt")
     for option, told in {
-        "pyramid_channels": "pyramid_channels 64 there, 96 here",
-        "extra_levels": "extra_levels 2 there, 1 here",
-        "backbone": "backbone 'resnet18' there, 'resnet10t' here",
-        "detector": "detector 'fcos' there, 'retinanet' here",
+        "pyramid_channels": "pyramid_channels is 64 in the file, 96 here",
+        "extra_levels": "extra_levels is 2 in the file, 1 here",
+        "backbone": "backbone is 'resnet18' in the file, 'resnet10t' here",
+        "detector": "detector is 'fcos' in the file, 'retinanet' here",
     }.items():
         value = {"pyramid_channels": 96, "extra_levels": 1, "backbone": "resnet10t", "detector": "retinanet"}[option]
         with pytest.raises(ValueError, match=rf"run\.ckpt: weights do not fit: \d+ .*Settings that differ: .*{told}"):
@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     for task in (SegmentationTask, ClassificationTask):
         with pytest.raises(ValueError, match=r"run\.ckpt is of DetectionTask, from which the same task can start"):
             task(2, backbone="resnet18", weights=weights)
-    with pytest.raises(ValueError, match="pretrained is true and weights is"):
+    with pytest.raises(ValueError, match="`pretrained` must be false where `weights` is given"):
         DetectionTask(2, weights=weights, pretrained=True, **SMALL)
     torch.save({"state_dict": {1: torch.zeros(1)}}, tmp_path / "numbers.ckpt")
     with pytest.raises(ValueError, match="there are no weights by name"):

@@ -1,6 +1,5 @@
-"""Classification: the recipe piece by piece, image folders and what is wrong with them, the digits."""
+"""Classification: the recipe piece by piece, training runs, weights to start from, and image folders."""
 
-import csv
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import yaml
 from helpers.golden_cases import CASES, reference_weights
+from helpers.runs import fit, read_metric
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image
@@ -60,89 +60,83 @@ def data(folder, **keywords):
     return module
 
 
-def fit(*args):
-    cli = main(["fit", *args, "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"])
-    return cli, Path(cli.trainer.log_dir)
-
-
-def metrics(folder, name):
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
-
-
-# --- the digits, as shipped
+def small_run(folder, *args):
+    """Return the words of a short run on `folder` with a small Shunted Transformer."""
+    return [
+        "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={folder}", "--data.image_size=32",
+        "--data.batch_size=8", "--data.num_workers=0", "--data.crop_pct=1.0", "--trainer.max_epochs=1",
+        "--trainer.log_every_n_steps=1", "--model.backbone_options={depths: [1, 1, 1, 1], stem: patch4}", *args,
+    ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def run(digits, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    return fit(
-        f"--config={ROOT / 'configs/digits.yaml'}",
-        f"--data.root={digits}",
-        f"--trainer.default_root_dir={folder}",
-        "--trainer.max_epochs=6",
-    )
+def short_run(few, tmp_path_factory):
+    """The folder of a run of three steps."""
+    return fit(*small_run(few, f"--trainer.default_root_dir={tmp_path_factory.mktemp('short')}"))[1]
 
 
-def test_shunted_t_learns_real_digits(run):
-    _, folder = run
-    assert max(metrics(folder, "val/acc1")) >= 0.97
-    assert metrics(folder, "val/acc5")[-1] >= 0.99
-    assert metrics(folder, "val/loss")[-1] < metrics(folder, "val/loss")[0]
+# --- training
+
+
+@pytest.mark.slow
+def test_shunted_t_learns_the_digits(digits):
+    _, folder = fit(f"--config={ROOT / 'configs/digits.yaml'}", f"--data.root={digits}", "--trainer.max_epochs=6")
+    assert max(read_metric(folder, "val/acc1")) >= 0.97
+    assert read_metric(folder, "val/acc5")[-1] >= 0.99
+    assert read_metric(folder, "val/loss")[-1] < read_metric(folder, "val/loss")[0]
     for name in ("predictions.png", "curves.png"):
         with Image.open(folder / name) as picture:
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
 @torch.no_grad()
-def test_the_digits_checkpoint_is_a_timm_model(run, digits, tmp_path):
-    """The figure again, with none of the package's loaders and metrics."""
-    folder = run[1]
-    best = str(folder / "checkpoints/best.ckpt")
-    paths = sorted(digits.glob("val/*/*.png"))
+def test_a_checkpoint_loads_into_timm(short_run, few):
+    """Repeat the logged accuracy without the loaders and metrics of the package."""
+    best = str(short_run / "checkpoints/best.ckpt")
+    paths = sorted(few.glob("val/*/*.png"))
     pixels = [Image.open(path).convert("RGB").resize((32, 32), Image.Resampling.BICUBIC) for path in paths]
     labels = torch.tensor([int(path.parent.name) for path in paths])
     config = timm.get_pretrained_cfg("shunted_t").to_dict()
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
     images = (torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - mean) / std
 
-    main(["export", best, "--out", str(tmp_path / "out"), "--format=safetensors"])
-    exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    doors = [
-        timm.create_model("shunted_t", num_classes=10, checkpoint_path=best),
+    main(["export", best, "--out", "exported", "--format=safetensors"])
+    exported = timm.create_model("local-dir:exported", pretrained=True)
+    models = [
+        timm.create_model("shunted_t", num_classes=3, checkpoint_path=best, depths=[1, 1, 1, 1], stem="patch4"),
         ClassificationTask.load_from_checkpoint(best, weights_only=True).model,
         exported,
     ]
-    for model in doors:
-        share = (model.eval()(images).argmax(1) == labels).float().mean().item()
-        assert share == pytest.approx(max(metrics(folder, "val/acc1")), abs=1e-6)
+    for model in models:
+        accuracy = (model.eval()(images).argmax(1) == labels).float().mean().item()
+        assert accuracy == pytest.approx(max(read_metric(short_run, "val/acc1")), abs=1e-6)
     config = exported.pretrained_cfg
-    assert (tuple(config["input_size"]), config["crop_pct"], config["num_classes"]) == ((3, 32, 32), 1.0, 10)
-    assert config["label_names"] == list("0123456789")
+    assert (tuple(config["input_size"]), config["crop_pct"], config["num_classes"]) == ((3, 32, 32), 1.0, 3)
+    assert config["label_names"] == list("012")
 
 
-def test_fine_tuning_from_weights(run, few, caplog, tmp_path):
-    best = str(run[1] / "checkpoints/best.ckpt")
-    config = ["--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={few}"]
-    config += ["--data.image_size=32", "--data.crop_pct=1.0", "--data.batch_size=8", "--data.num_workers=0"]
-    config += ["--model.layer_decay=0.7", "--trainer.max_epochs=1", "--model.lr=1e-9", "--model.min_lr=0"]
+def test_fine_tuning_starts_from_weights_with_other_classes(short_run, folder, caplog):
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / "2")
+    best = str(short_run / "checkpoints/best.ckpt")
+    settings = ["--model.layer_decay=0.7", "--model.lr=1e-9", "--model.min_lr=0"]
     with caplog.at_level("INFO"):
-        cli, folder = fit(*config, f"--model.weights={best}")
-    assert "anew: the head, as the file has one of other classes" in caplog.text
+        cli, run = fit(*small_run(folder, *settings, f"--model.weights={best}"))
+    assert "the head, as the file has one of other classes" in caplog.text
     trained = torch.load(best, weights_only=True)["state_dict"]
     for name, value in cli.model.model.named_parameters():
         assert name.startswith("head.") or torch.allclose(value, trained[f"model.{name}"], atol=1e-5), name
 
-    # What a run leaves does not need the file that it started from.
-    moved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
-    assert "weights" not in moved["hyper_parameters"]
-    ClassificationTask.load_from_checkpoint(folder / "checkpoints/last.ckpt", weights_only=True)
+    # The checkpoint does not need the file that training started from.
+    saved = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert "weights" not in saved["hyper_parameters"]
+    ClassificationTask.load_from_checkpoint(run / "checkpoints/last.ckpt", weights_only=True)
 
 
 # --- the recipe
 
 
-def task(**keywords):
+def small_task(**keywords):
     torch.manual_seed(0)
     return ClassificationTask(num_classes=3, **keywords)
 
@@ -155,7 +149,7 @@ def test_imagenet_configs_hold_the_recipe():
         assert (model["backbone"], model["drop_path_rate"]) == (name, drop_path)
         assert trainer.get("gradient_clip_val") == clip
         assert trainer["max_epochs"] == 300
-        # As the authors' 8 x 128 images a step have them.
+        # The reference implementation's, for its effective batch size of 8 x 128.
         scale = 1024 / model["lr_batch"]
         rates = [scale * model[key] for key in ("lr", "warmup_lr", "min_lr")]
         assert rates == pytest.approx([1e-3, 1e-6, 1e-5])
@@ -169,13 +163,15 @@ def test_imagenet_configs_hold_the_recipe():
         assert (images["auto_augment"], images["color_jitter"], images["repeats"]) == ("rand-m9-mstd0.5-inc1", 0.4, 3)
 
 
-@pytest.mark.parametrize("variant", ["shunted_t", "shunted_s", "shunted_b"])
+@pytest.mark.parametrize(
+    "variant", ["shunted_t", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shunted_s", "shunted_b"))]
+)
 def test_imagenet_configs_run_at_small_sizes(variant, few):
     small = [f"--data.root={few}", "--data.image_size=32", "--data.batch_size=8", "--data.num_workers=0"]
     cli, folder = fit(
         f"--config={ROOT}/configs/imagenet/{variant}.yaml", *small, "--trainer.max_epochs=1", "--trainer.precision=32"
     )
-    assert len(metrics(folder, "val/acc1")) == 1
+    assert len(read_metric(folder, "val/acc1")) == 1
     assert cli.trainer.optimizers[0].defaults["lr"] == pytest.approx(5e-4 * 8 / 512)
     tuned, _ = fit(
         f"--config={ROOT}/configs/imagenet/{variant}.yaml", f"--config={ROOT}/configs/imagenet/finetune_384.yaml",
@@ -187,70 +183,70 @@ def test_imagenet_configs_run_at_small_sizes(variant, few):
     assert tuned.trainer.optimizers[0].defaults["lr"] == pytest.approx(2e-5 * 8 / 512)
 
 
-def test_the_recipe_starts_from_the_authors_weights(few, tmp_path):
+def test_training_starts_from_weights_of_the_reference(tmp_path):
     torch.save({"model": reference_weights(CASES["shunted_t"])}, tmp_path / "ckpt_T.pth")
     model = ClassificationTask(3, weights=str(tmp_path / "ckpt_T.pth")).model
     expected = timm.create_model("shunted_t", checkpoint_path=str(tmp_path / "ckpt_T.pth"))
     torch.testing.assert_close(model.stages.state_dict(), expected.stages.state_dict(), rtol=0, atol=0)
 
 
-class Fixed(torch.nn.Module):
-    """Stands for a network: remembers its input and answers with fixed logits."""
+class FixedLogits(torch.nn.Module):
+    """A network that records its input and returns fixed logits."""
 
     def __init__(self, logits):
         super().__init__()
         self.logits = logits
 
     def forward(self, x):
-        self.seen = x
+        self.images = x
         return self.logits[: len(x)]
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_the_loss_is_timms(mixup):
-    model = task(mixup=mixup, label_smoothing=0.1)
+def test_loss_equals_that_of_timm(mixup):
+    model = small_task(mixup=mixup, label_smoothing=0.1)
     model.log = lambda *_, **__: None
     images, labels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 2, 1, 1])
     logits = torch.randn(4, 3)
-    model.model = Fixed(logits)
+    model.model = FixedLogits(logits)
     np.random.seed(3)
     loss = model.training_step((images, labels), 0)
     if not mixup:
         torch.testing.assert_close(loss, LabelSmoothingCrossEntropy(0.1)(logits, labels))
         return
     np.random.seed(3)
-    timms = timm.data.Mixup(mixup, 0.0, label_smoothing=0.1, num_classes=3)
-    mixed, targets = timms(model.normalize(images / 255), labels)
-    torch.testing.assert_close(model.model.seen, mixed)
+    timm_mixup = timm.data.Mixup(mixup, 0.0, label_smoothing=0.1, num_classes=3)
+    mixed, targets = timm_mixup(model.normalize(images / 255), labels)
+    torch.testing.assert_close(model.model.images, mixed)
     torch.testing.assert_close(loss, SoftTargetCrossEntropy()(logits, targets))
 
 
-def test_cutmix_and_random_erasing_act_in_training_only():
+def test_cutmix_and_random_erasing_change_training_images_only():
     images, labels = torch.rand(8, 3, 32, 32), torch.arange(8) % 3
     for keywords in ({"cutmix": 1.0}, {"random_erasing": 1.0}):
-        model = task(**keywords)
+        model = small_task(**keywords)
         model.log = model.log_dict = lambda *_, **__: None
-        model.model = Fixed(torch.randn(8, 3))
+        model.model = FixedLogits(torch.randn(8, 3))
         model.training_step((images, labels), 0)
-        changed = (model.model.seen != model.normalize(images)).any(dim=1)
-        assert 0 < changed.float().mean() < 1, "a part of the pixels"
+        changed = (model.model.images != model.normalize(images)).any(dim=1)
+        assert 0 < changed.float().mean() < 1, "some of the pixels"
         model.validation_step((images, labels), 0)
-        assert torch.equal(model.model.seen, model.normalize(images))
+        assert torch.equal(model.model.images, model.normalize(images))
 
 
-def test_accuracies():
-    model = task()
+def test_accuracies_are_logged():
+    model = small_task()
     model.log = lambda *_, **__: None
     logged = {}
     model.log_dict = lambda metrics, **_: logged.update(metrics)
-    model.model = Fixed(torch.eye(3)[[0, 1, 2, 2]])
+    model.model = FixedLogits(torch.eye(3)[[0, 1, 2, 2]])
     model.validation_step((torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0])), 0)
     values = {name: metric.compute().item() for name, metric in logged.items()}
     assert values == {"val/acc1": 0.75, "val/acc5": 1.0}
 
 
-def test_layer_decay_and_the_scaled_rate(few):
-    model = task(layer_decay=0.5, lr=1e-3, lr_batch=16, warmup_epochs=0)
+def test_layer_decay_scales_the_rate_of_each_block(few):
+    model = small_task(layer_decay=0.5, lr=1e-3, lr_batch=16, warmup_epochs=0)
     trainer = Trainer(max_epochs=1, accumulate_grad_batches=4, **QUIET)
     trainer.fit(model, data(few))
     groups = trainer.optimizers[0].param_groups
@@ -263,17 +259,14 @@ def test_layer_decay_and_the_scaled_rate(few):
 
 
 def test_drop_path_reaches_the_blocks():
-    rates = [m.drop_prob for m in task(drop_path_rate=0.2).modules() if isinstance(m, timm.layers.DropPath)]
+    rates = [m.drop_prob for m in small_task(drop_path_rate=0.2).modules() if isinstance(m, timm.layers.DropPath)]
     assert max(rates) == pytest.approx(0.2)
 
 
-def test_weight_averaging_by_lightnings_callback(few):
+def test_checkpoints_hold_averaged_weights(few):
     """EMAWeightAveraging keeps the mean of the weights, validates it and writes it to checkpoints."""
-    cli, folder = fit(
-        "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={few}", "--data.image_size=32",
-        "--data.batch_size=8", "--data.num_workers=0", "--trainer.max_epochs=2", "--model.lr=0.01",
-        "--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5",
-    )  # fmt: skip
+    averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
+    cli, folder = fit(*small_run(few, "--trainer.max_epochs=2", "--model.lr=0.01", *averaging))
     assert any(isinstance(callback, EMAWeightAveraging) for callback in cli.trainer.callbacks)
     saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     averaged, current = saved["state_dict"], saved["current_model_state"]
@@ -282,62 +275,51 @@ def test_weight_averaging_by_lightnings_callback(few):
     ClassificationTask.load_from_checkpoint(folder / "checkpoints/last.ckpt", weights_only=True)
 
 
-def test_other_models_and_checkpointed_gradients():
-    other = task(backbone="resnet18", backbone_options={"drop_rate": 0.1})
-    assert other(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+def test_gradient_checkpointing_changes_no_gradient():
     x, labels = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     gradients = []
-    for how in (False, True):
-        model = task(grad_checkpointing=how)
+    for checkpointing in (False, True):
+        model = small_task(grad_checkpointing=checkpointing)
         F.cross_entropy(model(x), labels).backward()
         gradients.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(*gradients)
+
+
+def test_any_timm_model_is_a_backbone():
+    other = small_task(backbone="resnet18", backbone_options={"drop_rate": 0.1})
+    assert other(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
         ({"backbone": "shunted_x"}, "timm has no model 'shunted_x'; close names: shunted_"),
-        ({"label_smoothing": 1.5}, "label_smoothing is 1.5, but 0 to 1"),
-        ({"mixup": -1.0}, "mixup is -1.0"),
-        ({"lr_batch": 0}, "lr_batch is 0"),
-        ({"warmup_lr": 1.0}, "warmup_lr is 1.0"),
-        ({"weights": "a.pth", "pretrained": True}, "can start from one of them"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0, but 0 or more"),
-        ({"min_lr": 1.0}, r"min_lr is 1.0, but 0 to lr, 0.001"),
-        ({"layer_decay": 0.0}, "layer_decay is 0"),
+        ({"label_smoothing": 1.5}, "`label_smoothing` must be between 0 and 1, got 1.5"),
+        ({"mixup": -1.0}, "`mixup` must be at least 0, got -1.0"),
+        ({"lr_batch": 0}, "`lr_batch` must be at least 1, got 0"),
+        ({"weights": "a.pth", "pretrained": True}, r"`pretrained` must be false where `weights` is given \(a\.pth\)"),
+        ({"min_lr": 1.0}, r"`min_lr` must be between 0 and `lr` \(0.001\), got 1.0"),
+        ({"layer_decay": 0.0}, "`layer_decay` must be above 0, got 0"),
         ({"drop_path_rate": 0.1, "backbone_options": {"drop_path_rate": 0.0}}, "give it once"),
-        ({"backbone_options": {"num_classes": 7}}, "backbone_options name num_classes"),
+        ({"backbone_options": {"num_classes": 7}}, "`backbone_options` must not contain num_classes"),
     ],
 )
-def test_wrong_numbers_are_told(keywords, message):
+def test_wrong_arguments_are_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
-        task(**keywords)
+        small_task(**keywords)
 
 
-def test_mixup_needs_pairs():
-    with pytest.raises(ValueError, match="a batch has 5; use an even batch_size"):
-        task(mixup=0.8).training_step((torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)), 0)
+def test_mixup_of_an_odd_batch_is_refused():
+    with pytest.raises(ValueError, match="need an even batch size, got 5 images; choose an even `batch_size`"):
+        small_task(mixup=0.8).training_step((torch.rand(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64)), 0)
 
 
-# --- runs that others had trouble with
+# --- runs and their checkpoints
 
 
-def small(folder, *args):
-    return [
-        "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={folder}", "--data.image_size=32",
-        "--data.batch_size=8", "--data.num_workers=0", "--trainer.max_epochs=1", "--trainer.log_every_n_steps=1", *args,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def short(few, tmp_path_factory):
-    """A run of three steps, and its folder."""
-    return fit(*small(few, f"--trainer.default_root_dir={tmp_path_factory.mktemp('short')}"))[1]
-
-
-def test_two_processes_train_and_leave_what_one_does(few):
-    args = small(few, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--data.repeats=3")
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(few):
+    args = small_run(few, "--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=4", "--data.repeats=3")
     done = subprocess.run(
         [sys.executable, "-m", "shunted_lit", "fit", *args, "--trainer.accelerator=cpu"],
         capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -345,13 +327,13 @@ def test_two_processes_train_and_leave_what_one_does(few):
     assert done.returncode == 0, done.stderr[-3000:]
     for name in ("metrics.csv", "curves.png", "predictions.png", "checkpoints/best.ckpt"):
         assert Path("runs/version_0", name).is_file()
-    assert len(metrics(Path("runs/version_0"), "train/loss")) == 3, "24 images, 2 x 4 a step"
+    assert len(read_metric(Path("runs/version_0"), "train/loss")) == 3, "24 images, 2 x 4 in each step"
     assert len(list(Path("runs").iterdir())) == 1
 
 
-def test_ranks_draw_other_numbers_but_share_the_order_of_images(monkeypatch):
+def test_each_rank_draws_its_own_random_numbers(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "5")
-    model, drawn = task(), []
+    model, drawn = small_task(), []
     for rank in (0, 1):
         torch.manual_seed(5)
         trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
@@ -365,72 +347,48 @@ def test_ranks_draw_other_numbers_but_share_the_order_of_images(monkeypatch):
     assert os.environ["PL_GLOBAL_SEED"] == "5"
 
 
-def test_steps_alone_set_the_end(few):
-    cli, _ = fit(*small(few, "--trainer.max_epochs=-1", "--trainer.max_steps=4", "--model.lr_batch=8"))
-    assert cli.trainer.global_step == 4
-    assert cli.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-6)
-
-
-def test_a_resumed_run_takes_the_rate_of_its_own_batches(few):
-    settings = ["--model.lr_batch=8", "--model.warmup_epochs=0"]
-    _, first = fit(*small(few, *settings))
-    last = f"--ckpt_path={first}/checkpoints/last.ckpt"
-    resumed, _ = fit(*small(few, *settings, last, "--data.batch_size=16", "--trainer.max_epochs=2"))
-    assert resumed.trainer.optimizers[0].param_groups[0]["initial_lr"] == pytest.approx(2e-3)
-    assert resumed.trainer.lr_scheduler_configs[0].scheduler.base_lrs == pytest.approx([2e-3, 2e-3])
-
-
-def test_other_classes_than_the_checkpoints_are_refused(folder, digits, short):
-    checkpoint = f"--ckpt_path={short}/checkpoints/best.ckpt"
+def test_a_checkpoint_of_other_classes_is_refused(folder, digits, short_run):
+    checkpoint = f"--ckpt_path={short_run}/checkpoints/best.ckpt"
     for split in ("train", "val"):
         (folder / split / "1").rename(folder / split / "9")
-    with pytest.raises(ValueError, match="class 1 is '1' in the checkpoint, but '2' in the data"):
-        main(["validate", *small(folder, checkpoint)])
-    with pytest.raises(ValueError, match="the checkpoint has 3 classes, but the data have 10"):
-        main(["validate", *small(digits, checkpoint)])
+    with pytest.raises(ValueError, match="Class 1 is '1' in the checkpoint, but '2' in the data"):
+        main(["validate", *small_run(folder, checkpoint)])
+    with pytest.raises(ValueError, match="The checkpoint has 3 classes, but the data have 10"):
+        main(["validate", *small_run(digits, checkpoint)])
 
 
-def test_checkpoints_of_another_task_are_refused(few, short, tmp_path):
+def test_a_checkpoint_of_another_task_is_refused(few, short_run, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint is of ClassificationTask, not of DetectionTask"):
-        fit(f"--config={ROOT / 'configs/neck.yaml'}", f"--ckpt_path={short}/checkpoints/last.ckpt")
+        fit(f"--config={ROOT / 'configs/neck.yaml'}", f"--ckpt_path={short_run}/checkpoints/last.ckpt")
     torch.save(reference_weights(CASES["shunted_t"]), tmp_path / "t.pth")
     with pytest.raises(ValueError, match=r"t\.pth holds no run to go on with; --model\.weights may start from it"):
-        fit(*small(few, f"--ckpt_path={tmp_path}/t.pth"))
+        fit(*small_run(few, f"--ckpt_path={tmp_path}/t.pth"))
 
 
-def test_a_runs_config_validates_after_its_start_weights_are_gone(few, short):
-    start = Path(shutil.copy(short / "checkpoints/best.ckpt", "start.ckpt"))
-    _, folder = fit(*small(few, f"--model.weights={start}"))
+def test_a_saved_config_validates_without_the_initial_weights(few, short_run):
+    start = Path(shutil.copy(short_run / "checkpoints/best.ckpt", "start.ckpt"))
+    _, folder = fit(*small_run(few, f"--model.weights={start}"))
     start.unlink()
     cli = main(["validate", f"--config={folder}/config.yaml", f"--ckpt_path={folder}/checkpoints/best.ckpt"])
-    assert metrics(Path(cli.trainer.log_dir), "val/acc1") == pytest.approx(metrics(folder, "val/acc1"), abs=1e-6)
+    assert read_metric(Path(cli.trainer.log_dir), "val/acc1") == pytest.approx(
+        read_metric(folder, "val/acc1"), abs=1e-6
+    )
 
 
-def test_names_of_folders_may_hold_anything(folder):
+def test_class_names_may_hold_any_characters(folder):
     for split in ("train", "val"):
         (folder / split / "1").rename(folder / split / "$1_a_b$")
-    _, run = fit(*small(folder, "--trainer.default_root_dir=run[/x]"))
+    _, run = fit(*small_run(folder, "--trainer.default_root_dir=run[/x]"))
     assert (run / "predictions.png").is_file()
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-def test_precisions(few, precision):
-    _, folder = fit(*small(few, f"--trainer.precision={precision}"))
-    assert np.isfinite(metrics(folder, "train/loss")).all()
+def test_low_precision_trains(few, precision):
+    _, folder = fit(*small_run(few, f"--trainer.precision={precision}"))
+    assert np.isfinite(read_metric(folder, "train/loss")).all()
 
 
-def test_decay_spares_what_a_model_asks_for():
-    model = task(backbone="vit_tiny_patch16_224", backbone_options={"img_size": 32})
-    for decayed in (
-        model.parameter_groups(),
-        task(backbone="vit_tiny_patch16_224", backbone_options={"img_size": 32}, layer_decay=0.9).parameter_groups(),
-    ):
-        shapes = [tuple(p.shape) for group in decayed if group["weight_decay"] for p in group["params"]]
-        assert shapes
-        assert (1, 1, 192) not in shapes, "the class token"
-
-
-# --- files to start from
+# --- weights to start from
 
 
 def write(path, content):
@@ -449,44 +407,44 @@ def write(path, content):
         ({"fc.weight": torch.zeros(3, 4)}, "no Shunted Transformer's"),
     ],
 )
-def test_files_that_are_no_weights(content, message, tmp_path):
+def test_files_without_weights_are_refused(content, message, tmp_path):
     path = write(tmp_path / "file.pth", content)
     with pytest.raises(ValueError, match=message):
-        task(weights=path)
+        small_task(weights=path)
 
 
-def test_truncated_files(tmp_path):
+def test_truncated_files_are_refused(tmp_path):
     whole = Path(write(tmp_path / "whole.pth", reference_weights(CASES["neck_small_sr2"]))).read_bytes()
     safe = tmp_path / "cut.safetensors"
     safe.write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00{")
     for path in (write(tmp_path / "cut.pth", whole[:-500]), str(safe), str(tmp_path / "none.pth")):
         with pytest.raises(ValueError, match=rf"{Path(path).name}: (not a readable checkpoint|no such file)"):
-            task(weights=path)
+            small_task(weights=path)
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "shunted_s"])
 def test_weights_of_another_model_are_refused(backbone, tmp_path):
     path = write(tmp_path / "t.pth", reference_weights(CASES["shunted_t"]))
     with pytest.raises(ValueError, match=r"weights do not fit: \d+ missing"):
-        task(backbone=backbone, weights=path)
+        small_task(backbone=backbone, weights=path)
 
 
-def test_weights_without_a_stem_are_refused(tmp_path):
+def test_weights_with_a_missing_tensor_are_refused(tmp_path):
     weights = reference_weights(CASES["shunted_t"])
     del weights["patch_embed1.conv.0.weight"]
     path = write(tmp_path / "t.pth", weights)
     with pytest.raises(ValueError, match=r"1 missing \(stages\.0\.patch_embed\.conv\.0\.weight\)"):
-        task(weights=path)
+        small_task(weights=path)
     with pytest.raises(ValueError, match=r"1 missing \(stages\.0\.patch_embed\.conv\.0\.weight\)"):
         timm.create_model("shunted_t", pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=7)
 
 
 @pytest.mark.parametrize("backbone", ["shunted_t", "resnet18", "levit_128s"])
-def test_a_head_that_fits_is_kept(backbone, tmp_path):
-    trained = task(backbone=backbone, backbone_options={})
+def test_a_head_of_the_same_size_is_loaded(backbone, tmp_path):
+    trained = small_task(backbone=backbone, backbone_options={})
     path = write(tmp_path / "trained.pth", trained.model.state_dict())
     torch.testing.assert_close(
-        task(backbone=backbone, weights=path).model.state_dict(), trained.model.state_dict(), rtol=0, atol=0
+        small_task(backbone=backbone, weights=path).model.state_dict(), trained.model.state_dict(), rtol=0, atol=0
     )
     if backbone == "shunted_t":
         other = timm.create_model(backbone, pretrained=True, pretrained_cfg_overlay={"file": path}, num_classes=3)
@@ -529,7 +487,7 @@ def test_repeated_augmentation(few):
         counts = np.bincount(indices, minlength=24)
         assert set(counts) == {0, 3}
     trainer = Trainer(max_epochs=1, limit_val_batches=0, **QUIET)
-    trainer.fit(task(), module)
+    trainer.fit(small_task(), module)
     assert trainer.train_dataloader.sampler.repeats == 3
 
 

@@ -207,8 +207,8 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize(("differs", "told"), [
-    ("version", "shunted_lit: 0.1.0 in rank 0, but 0.0.9 in rank 1"),
-    ("images", "images of train: 16 in rank 0, but 15 in rank 1"),
+    ("version", "shunted_lit must be the same on all ranks, but rank 0 has 0.1.0 and rank 1 has 0.0.9"),
+    ("images", "images of train must be the same on all ranks, but rank 0 has 16 and rank 1 has 15"),
 ])  # fmt: skip
 def test_processes_that_do_not_have_the_same_are_told(differs, told, tmp_path):
     (tmp_path / "different.py").write_text(DIFFERENT)
