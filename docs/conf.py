@@ -32,4 +32,4 @@ nitpick_ignore_regex = [("py:.*", r"(?!shunted_lit).*")]
 html_theme = "furo"
 html_title = "shunted-lit"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["style.css"]
