@@ -20,10 +20,11 @@ PAGES = {path.stem: path for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs"
 SLOW = {"classification", "experiments", "export", "systems"}  # pages whose blocks take long to run
 NEEDS = {"data", "gpu", "time"}
 LANGUAGES = {"bibtex", "html", "python", "sh", "text", "yaml"}
-# Options that make each command small.
+# Options that make a command, or a network, small.
 TRAINING = "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_train_batches 1 --data.batch_size 2"
 EVALUATION = "--trainer.limit_val_batches 1 --data.num_workers 0 --trainer.enable_progress_bar false"
 SMALLER = {
+    "configs/neck.yaml": "--model.backbone test_resnet --model.neck.depth 1 --model.pyramid_channels 32",
     "check": "--data.num_workers 0",
     "fit": f"{TRAINING} {EVALUATION} --report.images 1",
     "predict": "--trainer.enable_progress_bar false --data.num_workers 0",
@@ -56,7 +57,7 @@ class Block:
 
 
 def read_blocks(path: Path) -> list[Block]:
-    pattern = r"(?:^<!-- needs: (.*) -->\n)?^```(\w+)\n(.*?)^```$"
+    pattern = r"(?:^<!-- needs: (\w+) -->\n)?^```(\w+)\n(.*?)^```$"
     found = re.findall(pattern, path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     return [Block(language, needs or None, text) for needs, language, text in found]
 
@@ -98,7 +99,7 @@ def run(words: list[str]) -> None:
     if words[0] != "shunted-lit":
         return parse(words)
     try:
-        main([*words[1:], *SMALLER.get(words[1], "").split()])
+        main([*words[1:], *(option for word in words[1:] for option in SMALLER.get(word, "").split())])
     except SystemExit as exit:  # --help
         if exit.code:
             raise
@@ -142,9 +143,8 @@ def test_commands_of_a_page_are_understood(page, configs):
         if block.language == "python":
             compile(block.text, page, "exec")
         for words in block.commands() if block.language == "sh" and (block.needs or page in SLOW) else []:
-            if words[:2] == ["shunted-lit", "predict"]:  # its checkpoint is read, so it is parsed by the options of fit
-                words = [word for word in words if word != "--ckpt_path" and not word.endswith(".ckpt")]
-                words += ["--model", "DetectionTask", "--model.num_classes", "2"]
+            if words[:2] == ["shunted-lit", "predict"]:  # without a config, its checkpoint would be read
+                words[2:2] = ["--config", "configs/neck.yaml", "--data", "ImagesDataModule"]
             parse(words)
 
 
@@ -154,7 +154,7 @@ def test_options_in_the_text_exist(configs, capsys):
         for path in PAGES.values()
         for code in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", path.read_text(encoding="utf-8"))
         if path.stem != "CONTRIBUTING"
-        for option in re.findall(r"(?:^| )--([a-z][\w.]*)", code)
+        for option in re.findall(r"(?:^| )--([a-z][\w.-]*)", code)
     }
     calls = [[command, "--help"] for command in COMMANDS]
     calls += [["yolo", "yaml", "--help"], ["yolo", "weights", "--help"]]
@@ -163,7 +163,7 @@ def test_options_in_the_text_exist(configs, capsys):
     for words in calls:
         with pytest.raises(SystemExit):
             main(words)
-    known = set(re.findall(r"--([a-z][\w.]*)", capsys.readouterr().out))
+    known = set(re.findall(r"--([a-z][\w.-]*)", capsys.readouterr().out))
     # Keywords of the neck and of torch's programs have no help of their own here.
     others = {"max-restarts", "trainer.strategy.ddp_comm_hook", "trainer.callbacks.decay"}
     unknown = {option for option in mentioned - known - others if not re.match(r"(model\.)?neck\.", option)}
