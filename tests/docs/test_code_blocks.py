@@ -27,7 +27,6 @@ EVALUATION = "--trainer.limit_val_batches 1 --data.num_workers 0 --trainer.enabl
 SMALLER = {
     "configs/neck.yaml": "--model.backbone test_resnet --model.neck.depth 1 --model.pyramid_channels 32",
     "check": "--data.num_workers 0",
-    "export": "--part neck",
     "fit": f"{TRAINING} {EVALUATION} --report.images 1",
     "predict": "--trainer.enable_progress_bar false --data.num_workers 0",
     "scenes": "--train 2 --val 2 --size 96",
@@ -128,16 +127,19 @@ def test_every_block_has_a_known_language_and_need(page):
 
 
 @pytest.mark.parametrize(
-    "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in PAGES]
+    ("page", "with_export"),
+    [(page, False) for page in PAGES if page not in SLOW]
+    + [pytest.param(page, True, marks=pytest.mark.slow) for page in ["README", *sorted(SLOW)]],
 )
-def test_blocks_of_a_page_run_in_order(page, configs):
+def test_blocks_of_a_page_run_in_order(page, with_export, configs):
     names: dict = {}
     for block in read_blocks(PAGES[page]):
         if block.needs is None and block.language == "python":
             exec(block.text, names)
         elif block.needs is None and block.language == "sh":
             for words in block.commands():
-                run(words)
+                is_export = words[:2] == ["shunted-lit", "export"]
+                (run if with_export or not is_export else parse)(words)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -149,6 +151,12 @@ def test_commands_of_a_page_are_understood(page, configs):
             if words[:2] == ["shunted-lit", "predict"]:  # without a config, its checkpoint would be read
                 words[2:2] = ["--config", "configs/neck.yaml", "--data", "ImagesDataModule"]
             parse(words)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_in_the_text_exist(page):
+    names = re.findall(r"`((?:tests|configs|docs|notebooks|shunted_lit)/[\w./]+)`", PAGES[page].read_text(encoding="utf-8"))
+    assert not [name for name in names if not (ROOT / name).exists()]
 
 
 def test_options_in_the_text_exist(configs, capsys):
