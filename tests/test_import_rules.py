@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "cli": {"commands", "training", "export", "prediction", "tasks", "ultralytics", *LOWER},
     "ultralytics": {"models", *UTILS},
     "__main__": {"cli"},
-    "__init__": {"models"},
+    "__init__": {"models", *UTILS},
 }
 FORBIDDEN = {"models": {"lightning", "jsonargparse", "matplotlib"}, "utils": {"jsonargparse", "matplotlib"}}
 
@@ -53,11 +53,11 @@ def imports(path: Path) -> frozenset[tuple[str, int, bool]]:
 
 
 def modules_imported(path: Path) -> set[Path]:
-    """Return the files of this package that a file imports."""
+    """Return the files of this package that a file imports when it is itself imported."""
     files = set()
-    for name, _, _ in imports(path):
+    for name, _, top in imports(path):
         parts = name.split(".")
-        if parts[0] == "shunted_lit":
+        if top and parts[0] == "shunted_lit":
             places = [ROOT.joinpath(*parts[1:]), ROOT.joinpath(*parts[1:-1])]
             candidates = [f for place in places for f in (place.with_suffix(".py"), place / "__init__.py")]
             files |= {next(file for file in candidates if file.is_file())}

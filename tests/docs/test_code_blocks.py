@@ -6,6 +6,7 @@ of other programs do not run: the files, extras and options that they name must 
 
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SMALLER = {
     "scenes": "--train 2 --val 2 --size 96",
     "validate": EVALUATION,
 }
+FIRST_RUN = ["shunted-lit", "fit", "--config", "configs/neck.yaml"]
 TASKS = ["ClassificationTask", "DetectionTask", "SegmentationTask"]
 COMMANDS = ["attention", "benchmark", "check", "cost", "digits", "export", "fit", "predict", "scenes", "shard", "study"]
 
@@ -115,6 +117,17 @@ def configs(in_tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def first_run(tmp_path_factory):
+    """Return the folder of runs after the command with which several pages begin."""
+    folder = tmp_path_factory.mktemp("first_run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Path("configs").symlink_to(ROOT / "configs")
+        run(FIRST_RUN)
+    return folder / "runs"
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_has_a_known_language_and_need(page):
     blocks = read_blocks(PAGES[page])
@@ -131,15 +144,19 @@ def test_every_block_has_a_known_language_and_need(page):
     [(page, False) for page in PAGES if page not in SLOW]
     + [pytest.param(page, True, marks=pytest.mark.slow) for page in ["README", *sorted(SLOW)]],
 )
-def test_blocks_of_a_page_run_in_order(page, with_export, configs):
+def test_blocks_of_a_page_run_in_order(page, with_export, configs, first_run):
     names: dict = {}
     for block in read_blocks(PAGES[page]):
         if block.needs is None and block.language == "python":
             exec(block.text, names)
         elif block.needs is None and block.language == "sh":
             for words in block.commands():
-                is_export = words[:2] == ["shunted-lit", "export"]
-                (run if with_export or not is_export else parse)(words)
+                if words == FIRST_RUN:
+                    shutil.copytree(first_run, "runs")
+                elif words[:2] == ["shunted-lit", "export"] and not with_export:
+                    parse(words)
+                else:
+                    run(words)
 
 
 @pytest.mark.parametrize("page", PAGES)
