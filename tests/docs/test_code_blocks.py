@@ -172,7 +172,8 @@ def test_commands_of_a_page_are_understood(page, configs):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_in_the_text_exist(page):
-    names = re.findall(r"`((?:tests|configs|docs|notebooks|shunted_lit)/[\w./]+)`", PAGES[page].read_text(encoding="utf-8"))
+    text = PAGES[page].read_text(encoding="utf-8")
+    names = re.findall(r"`((?:tests|configs|docs|notebooks|shunted_lit)/[\w./]+)`", text)
     assert not [name for name in names if not (ROOT / name).exists()]
 
 

@@ -63,6 +63,7 @@ def test_rtdetr_with_the_neck_starts_as_its_base_and_trains():
         torch.testing.assert_close(loaded.eval()(x).logits, model.eval()(x).logits, rtol=0, atol=0)
 
 
+@pytest.mark.slow  # a ResNet-50; the same is tested on small networks in tests/tasks
 def test_fcos_with_the_neck_trains_and_loads_from_its_checkpoint():
     task = run_recipe('detector="fcos"')["task"]
     task.detector.transform.min_size = (64,)  # a small image need not be enlarged here
