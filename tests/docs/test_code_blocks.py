@@ -85,7 +85,7 @@ def parse(words: list[str]) -> None:
         case ["pytest" | "python" | "sbatch" | "sphinx-build", *words]:
             for word in words:
                 if word.startswith(("tests/", "configs/", "docs/")) and "_build" not in word:
-                    assert (ROOT / word).exists(), f"{word} does not exist"
+                    assert list(ROOT.glob(word)), f"{word} does not exist"
         case ["export" | "source" | "pre-commit" | ".ci/run", *_] | []:
             pass
         case _:
