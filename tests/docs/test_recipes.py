@@ -1,4 +1,4 @@
-"""The README's recipes run as they stand there: build, one step of training, save, load."""
+"""The recipes of docs/neck.md for other detectors train, save and load; smaller, but built by the page's own code."""
 
 import copy
 import re
@@ -9,15 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import RTDetrResNetConfig
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-
-
-def recipe(word):
-    """What the README's only block of Python with this word defines."""
-    (block,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in block]
-    names: dict = {}
-    exec(block, names)
-    return names
+PAGE = Path(__file__).parents[2] / "docs" / "neck.md"
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +18,26 @@ def offline_and_seeded(monkeypatch):
     torch.manual_seed(0)
 
 
-def one_step(model, loss):
-    """Trains one step; returns the parameters that got no gradient."""
+def run_recipe(word):
+    """Run the only Python block with this word, and return the names that it defines."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = [block for block in blocks if word in block]
+    names: dict = {}
+    exec(block, names)
+    return names
+
+
+def train_one_step(model, loss):
+    """Return the names of the parameters without a gradient."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss.backward()
     optimizer.step()
     return {name for name, p in model.named_parameters() if p.grad is None}
 
 
-def test_rtdetr():
-    names = recipe("RTDetrV2")
-    kind, with_neck = names["RTDetrV2ForObjectDetection"], names["with_neck"]
+def test_rtdetr_with_the_neck_starts_as_its_base_and_trains():
+    names = run_recipe("RTDetrV2")
+    model_class, with_neck = names["RTDetrV2ForObjectDetection"], names["with_neck"]
     assert names["model"].model.encoder_input_proj[-1][-1].cin == 256
     backbone = RTDetrResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 32, 64], depths=[1, 1, 1, 1], layer_type="basic",
@@ -46,34 +47,34 @@ def test_rtdetr():
         backbone_config=backbone, encoder_in_channels=[16, 32, 64], encoder_hidden_dim=32, d_model=32, num_labels=5,
         decoder_in_channels=[32, 32, 32], encoder_ffn_dim=32, decoder_ffn_dim=32, num_queries=20, decoder_layers=2,
     )  # fmt: skip
-    bare = kind(config).eval()
-    model = with_neck(copy.deepcopy(bare))
+    base = model_class(config).eval()
+    model = with_neck(copy.deepcopy(base))
     x = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
-        torch.testing.assert_close(model(x).logits, bare(x).logits)
+        torch.testing.assert_close(model(x).logits, base(x).logits)
     labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
-    assert not one_step(model, model.train()(x, labels=labels).loss)
+    assert not train_one_step(model, model.train()(x, labels=labels).loss)
     assert model.model.encoder_input_proj[-1][-1].layer_scale.gamma.any()
 
     torch.save(model.state_dict(), "model.pt")
-    twin = with_neck(kind(config))
-    twin.load_state_dict(torch.load("model.pt", weights_only=True))
+    loaded = with_neck(model_class(config))
+    loaded.load_state_dict(torch.load("model.pt", weights_only=True))
     with torch.no_grad():
-        torch.testing.assert_close(twin.eval()(x).logits, model.eval()(x).logits, rtol=0, atol=0)
+        torch.testing.assert_close(loaded.eval()(x).logits, model.eval()(x).logits, rtol=0, atol=0)
 
 
-def test_fcos():
-    names = recipe('detector="fcos"')
-    task = names["task"]
+@pytest.mark.slow  # a ResNet-50; the same is tested on small networks in tests/tasks
+def test_fcos_with_the_neck_trains_and_loads_from_its_checkpoint():
+    task = run_recipe('detector="fcos"')["task"]
     task.detector.transform.min_size = (64,)  # a small image need not be enlarged here
     x = [torch.rand(3, 64, 96)]
     target = {"boxes": torch.tensor([[4.0, 6, 40, 50]]), "labels": torch.tensor([2])}
-    assert not one_step(task, sum(task.train().detector(x, [target]).values()))
+    assert not train_one_step(task, sum(task.train().detector(x, [target]).values()))
     assert task.detector.backbone.body.necks["5"].layer_scale.gamma.any()
 
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
     trainer.strategy.connect(task)
     trainer.save_checkpoint("task.ckpt")
-    twin = type(task).load_from_checkpoint("task.ckpt", weights_only=True).eval()
-    twin.detector.transform.min_size = (64,)
-    torch.testing.assert_close(twin(x), task.eval()(x), rtol=0, atol=0)
+    loaded = type(task).load_from_checkpoint("task.ckpt", weights_only=True).eval()
+    loaded.detector.transform.min_size = (64,)
+    torch.testing.assert_close(loaded(x), task.eval()(x), rtol=0, atol=0)
