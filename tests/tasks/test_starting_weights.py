@@ -1,4 +1,4 @@
-"""Runs that start anew from weights, with other classes, a neck besides, or in another form of file."""
+"""Tasks that start from the weights of a run: other classes, a new neck, other file formats, what does not fit."""
 
 import pytest
 import safetensors.torch
@@ -21,47 +21,46 @@ DETECTORS = {
 
 
 def save(task, path, **more):
-    """What Lightning's checkpoint has of a task."""
+    """Write what a Lightning checkpoint holds of a task; return its path."""
     names = {"task": type(task).__name__, "class_names": task.class_names, "hyper_parameters": dict(task.hparams)}
     torch.save({"state_dict": task.state_dict(), **names, **more}, path)
     return str(path)
 
 
-def anew(task, weights):
-    """Names of the tensors that differ from those of the file."""
+def changed_tensors(task, weights):
+    """Return the names of the tensors that differ from those of the file."""
     given = torch.load(weights, weights_only=True)["state_dict"]
     return {name for name, value in task.state_dict().items() if name not in given or not value.equal(given[name])}
 
 
 @pytest.mark.parametrize("detector", DETECTORS)
-def test_a_detector_of_other_classes(detector, tmp_path, caplog):
+def test_detector_with_other_classes_loads_all_but_its_head(detector, tmp_path, caplog):
     weights = save(DetectionTask(5, detector=detector, **SMALL), tmp_path / "run.ckpt")
     with caplog.at_level("INFO"):
         task = DetectionTask(3, detector=detector, weights=weights, **SMALL)
     layers = {f"detector.{layer}" for layer in DETECTORS[detector]}
-    assert {name.rpartition(".")[0] for name in anew(task, weights)} <= layers
-    assert all(f"{layer}.weight" in anew(task, weights) for layer in layers)
+    assert {name.rpartition(".")[0] for name in changed_tensors(task, weights)} <= layers
+    assert all(f"{layer}.weight" in changed_tensors(task, weights) for layer in layers)
     total = len(task.state_dict())
-    told = (
-        f"{total - 2 * len(layers)} of the model's {total} tensors start from it; anew: the head, as the file has one"
-    )
-    assert f"{weights}: {told} of other classes" in caplog.text
+    report = f"loaded {total - 2 * len(layers)} of the model's {total} tensors; not loaded: the head"
+    assert f"{weights}: {report} (the file has other classes)" in caplog.text
 
 
 @pytest.mark.parametrize("decoder", ["fpn", "upernet", "segformer"])
-def test_a_segmenter_of_other_classes_with_a_neck_and_an_auxiliary_head(decoder, tmp_path, caplog):
+def test_segmenter_with_new_neck_and_auxiliary_head_loads_the_rest(decoder, tmp_path, caplog):
     options = {"decoder": decoder, "backbone": "resnet18"}
     weights = save(SegmentationTask(4, **options), tmp_path / "run.ckpt")
     with caplog.at_level("INFO"):
         more = {"neck": {"depth": 1}, "neck_levels": [4, 5], "auxiliary_weight": 0.4}
         task = SegmentationTask(7, weights=weights, **more, **options)
-    parts = ("segmenter.features.necks.4.", "segmenter.features.necks.5.", "segmenter.auxiliary.", "segmenter.head.")
-    assert all(name.startswith(parts) for name in anew(task, weights))
-    assert all(any(name.startswith(part) for name in anew(task, weights)) for part in parts)
-    assert "anew: segmenter.features.necks.4, segmenter.features.necks.5, segmenter.auxiliary, the head" in caplog.text
+    new = ("segmenter.features.necks.4.", "segmenter.features.necks.5.", "segmenter.auxiliary.", "segmenter.head.")
+    assert all(name.startswith(new) for name in changed_tensors(task, weights))
+    assert all(any(name.startswith(prefix) for name in changed_tensors(task, weights)) for prefix in new)
+    names = "segmenter.features.necks.4, segmenter.features.necks.5, segmenter.auxiliary, the head"
+    assert f"not loaded: {names}" in caplog.text
 
 
-def test_a_harmless_neck_in_a_trained_detector(tmp_path):
+def test_new_neck_with_layer_scale_zero_keeps_the_outputs(tmp_path):
     before = DetectionTask(2, **SMALL).eval()
     weights = save(before, tmp_path / "run.ckpt")
     after = DetectionTask(2, weights=weights, neck={"depth": 1, "layer_scale": 0.0}, **SMALL).eval()
@@ -71,54 +70,57 @@ def test_a_harmless_neck_in_a_trained_detector(tmp_path):
             assert all(one[key].equal(other[key]) for key in one)
 
 
-def test_equal_classes_keep_their_layers_and_other_names_are_told(tmp_path, caplog):
+def test_equal_number_of_classes_loads_everything_and_warns_of_other_names(tmp_path, caplog):
     weights = save(DetectionTask(2, ["cat", "dog"], **SMALL), tmp_path / "run.ckpt")
-    assert not anew(DetectionTask(2, ["cat", "dog"], weights=weights, **SMALL), weights)
+    assert not changed_tensors(DetectionTask(2, ["cat", "dog"], weights=weights, **SMALL), weights)
     assert "in the file and" not in caplog.text
-    assert not anew(DetectionTask(2, ["cat", "cow"], weights=weights, **SMALL), weights)
+    assert not changed_tensors(DetectionTask(2, ["cat", "cow"], weights=weights, **SMALL), weights)
     assert "class 1 is 'dog' in the file and 'cow' here; classes take the weights of the same number" in caplog.text
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_weights_that_do_not_fit_are_refused_with_the_settings_that_differ(tmp_path):
     weights = save(DetectionTask(2, **SMALL), tmp_path / "run.ckpt")
-    for option, told in {
+    for option, message in {
         "pyramid_channels": "pyramid_channels is 64 in the file, 96 here",
         "extra_levels": "extra_levels is 2 in the file, 1 here",
         "backbone": "backbone is 'resnet18' in the file, 'resnet10t' here",
         "detector": "detector is 'fcos' in the file, 'retinanet' here",
     }.items():
         value = {"pyramid_channels": 96, "extra_levels": 1, "backbone": "resnet10t", "detector": "retinanet"}[option]
-        with pytest.raises(ValueError, match=rf"run\.ckpt: weights do not fit: \d+ .*Settings that differ: .*{told}"):
+        with pytest.raises(
+            ValueError, match=rf"run\.ckpt: weights do not fit: \d+ .*Settings that differ: .*{message}"
+        ):
             DetectionTask(2, weights=weights, **{**SMALL, option: value})
     for task in (SegmentationTask, ClassificationTask):
-        with pytest.raises(ValueError, match=r"run\.ckpt is of DetectionTask, from which the same task can start"):
+        with pytest.raises(
+            ValueError, match=r"run\.ckpt: a checkpoint of DetectionTask can only start a DetectionTask"
+        ):
             task(2, backbone="resnet18", weights=weights)
     with pytest.raises(ValueError, match="`pretrained` must be false where `weights` is given"):
         DetectionTask(2, weights=weights, pretrained=True, **SMALL)
     torch.save({"state_dict": {1: torch.zeros(1)}}, tmp_path / "numbers.ckpt")
-    with pytest.raises(ValueError, match="there are no weights by name"):
+    with pytest.raises(ValueError, match="must hold weights by name"):
         DetectionTask(2, weights=str(tmp_path / "numbers.ckpt"), **SMALL)
 
 
-def test_safetensors_of_a_whole_detector(tmp_path):
+def test_safetensors_of_a_detector_load(tmp_path):
     task = DetectionTask(2, **SMALL)
     weights = save(task, tmp_path / "run.ckpt")
     file = tmp_path / "run.safetensors"
     safetensors.torch.save_file({name: value.contiguous() for name, value in task.state_dict().items()}, file)
-    assert not anew(DetectionTask(2, weights=str(file), **SMALL), weights)
+    assert not changed_tensors(DetectionTask(2, weights=str(file), **SMALL), weights)
 
 
-def test_by_the_command_line_with_a_new_optimizer(tmp_path, monkeypatch, caplog):
-    monkeypatch.chdir(tmp_path)
-    words = ["fit", "--model=DetectionTask", "--data=ShapesDataModule", "--data.train_size=8", "--data.val_size=2",
+def test_fit_from_weights_is_a_new_run_with_a_new_optimizer():
+    args = ["fit", "--model=DetectionTask", "--data=ShapesDataModule", "--data.train_size=8", "--data.val_size=2",
              "--data.size=32", "--data.num_workers=0", "--data.batch_size=4", "--model.min_size=32",
              "--model.max_size=32", "--model.pyramid_channels=64", "--trainer.max_epochs=1", "--model.lr=1e-12",
              "--model.min_lr=0", "--trainer.enable_progress_bar=false"]  # fmt: skip
-    first = main(words).trainer
+    first = main(args).trainer
     best = f"{first.log_dir}/checkpoints/best.ckpt"
-    second = main([*words, f"--model.weights={best}"]).trainer
+    second = main([*args, f"--model.weights={best}"]).trainer
     assert second.log_dir != first.log_dir
-    assert second.global_step == 2, "counted anew"
+    assert second.global_step == 2, "steps count from 0"
     trained, given = second.lightning_module.state_dict(), torch.load(best, weights_only=True)["state_dict"]
     moved = [n for n in given if not n.endswith(("running_mean", "running_var", "num_batches_tracked"))]
     assert all(torch.allclose(trained[name], given[name], atol=1e-6) for name in moved)
