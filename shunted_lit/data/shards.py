@@ -107,10 +107,10 @@ class Shards:
         # The most recently used shards: file descriptor, and for each image the positions of its files by suffix.
         self.opened: OrderedDict[int, tuple[int, list[dict[str, FilePosition]]]] = OrderedDict()
         largest = max(self.index.sizes)
-        in_use = largest * (window + 2) / 1e9
-        if is_url(self.root) and cache_gb is not None and cache_gb < min(in_use, sum(self.index.sizes) / 1e9):
+        needed = min(largest * (window + 2), sum(self.index.sizes)) / 1e9
+        if is_url(self.root) and cache_gb is not None and cache_gb < needed:
             raise ValueError(
-                f"`cache_gb` must be at least {in_use:.2f}, got {cache_gb:g}: {window + 2} shards of up to "
+                f"`cache_gb` must be at least {needed:.2g}, got {cache_gb:g}: {window + 2} shards of up to "
                 f"{largest / 1e6:.0f} MB are in use at a time; raise it, or lower `window`."
             )
 

@@ -1,8 +1,8 @@
-"""Coverage-guided fuzzing of what reads other people's files, by atheris (libFuzzer): a process for each reader.
+"""Coverage-guided fuzzing of the readers of untrusted files with atheris (libFuzzer), one process per reader.
 
     pip install atheris && python tests/helpers/fuzz_readers.py --seconds 300
 
-A reader returns, or raises ValueError that names the file; anything else is a crash, and is told with its input.
+A reader must return, or raise ValueError that names the file. Anything else is a crash, printed with its input.
 """
 
 import argparse
@@ -30,11 +30,12 @@ SEEDS = {
 
 
 def fuzz(reader: str, folder: Path) -> None:
-    """Runs for ever, or until libFuzzer's own limits."""
+    """Run forever, or until a limit of libFuzzer."""
     import atheris
 
     with atheris.instrument_imports(include=["shunted_lit"]):
-        from shunted_lit.data.coco import read_categories, read_json, read_records
+        from shunted_lit.data.coco import add_annotations, read_categories, read_images, read_json
+        from shunted_lit.data.detection import Record
         from shunted_lit.data.masks import draw_mask
         from shunted_lit.data.validation import LabelCheck
         from shunted_lit.data.yolo import read_data_yaml, read_labels
@@ -43,14 +44,17 @@ def fuzz(reader: str, folder: Path) -> None:
 
     def labels() -> None:
         for masks in (False, True):
-            boxes, _, segments = read_labels(file, ["x", "y", "z"], LabelCheck(), masks)
-            if masks and boxes:
-                draw_mask(segments[0], 7, 9, (9, 7))
+            record = Record(Path("a.png"), 0, segments=[] if masks else None)
+            read_labels(file, record, ["x", "y", "z"], LabelCheck())
+            if record.segments:
+                draw_mask(record.segments[0], 7, 9, (9, 7))
 
     def coco() -> None:
         content = read_json(file)
-        ids = list(read_categories(file, content))
-        for record in read_records(file, content, folder, ids, LabelCheck(), True, True):
+        categories, check = list(read_categories(file, content)), LabelCheck()
+        records = read_images(file, content["images"], folder, check, masks=True)
+        add_annotations(file, content["annotations"], records, categories, check, crowds=True)
+        for record in filter(None, records.values()):
             width, height = record.size or (0, 0)
             if width * height < 10**6:
                 for segment in record.segments or ():
@@ -58,7 +62,7 @@ def fuzz(reader: str, folder: Path) -> None:
 
     readers = {"labels": labels, "coco": coco, "yaml": lambda: read_data_yaml(file)}
 
-    def once(content: bytes) -> None:
+    def read_input(content: bytes) -> None:
         file.write_bytes(content)
         try:
             readers[reader]()
@@ -66,13 +70,13 @@ def fuzz(reader: str, folder: Path) -> None:
             if str(file) not in str(error):
                 raise RuntimeError(f"the message does not name the file: {error}") from error
 
-    atheris.Setup([sys.argv[0], *sys.argv[4:]], once)
+    atheris.Setup([sys.argv[0], *sys.argv[4:]], read_input)
     atheris.Fuzz()
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=int, default=60, help="for each reader")
+    parser.add_argument("--seconds", type=int, default=60, help="time for each reader")
     seconds = parser.parse_args().seconds
     failed = 0
     for reader, seeds in SEEDS.items():
@@ -85,8 +89,8 @@ def main() -> int:
             words = [sys.executable, __file__, "--reader", reader, name, f"-max_total_time={seconds}",
                      f"-artifact_prefix={name}/", "-rss_limit_mb=4096", "-timeout=20", str(corpus)]  # fmt: skip
             done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT)
-            told = [line for line in done.stderr.splitlines() if line.startswith(("Done ", "DONE", "#"))]
-            print(f"{reader}: {told[-1] if told else ''} {'no crash' if done.returncode == 0 else 'CRASH'}")
+            status = [line for line in done.stderr.splitlines() if line.startswith(("Done ", "DONE", "#"))]
+            print(f"{reader}: {status[-1] if status else ''} {'no crash' if done.returncode == 0 else 'CRASH'}")
             if done.returncode:
                 failed += 1
                 print(done.stderr[-3000:] + done.stdout[-2000:])

@@ -1,9 +1,10 @@
-"""Images a second from a folder, from shards on the same disk, and from shards of a server on this machine.
+"""Measure images per second from a folder, from shards on the same disk, and from shards of a local server.
 
     python tests/helpers/time_shards.py FOLDER --images 4096 --workers 2 --rounds 5
 
-draws images of ImageNet's usual size in bytes, writes them as a folder and as shards, and reads them as training does
-(decoded, cut to 224 and flipped; or the files alone), all ways in turn. Medians and ratios to the folder.
+The script draws images with the usual file size of ImageNet, writes them as a folder and as shards, and reads them as
+training does (decoded, cropped to 224 and flipped) and without decoding, from each source in turn. It prints medians
+and their ratios to the folder.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from shunted_lit.data import ClassificationShardsDataModule, ImageFolderDataModu
 
 
 def draw(root: Path, count: int) -> int:
-    """A folder of JPEG files, 500 x 375, of about 110 kB; their bytes."""
+    """Write a folder of JPEG files, 500 x 375 pixels, about 110 kB each; return their mean size in bytes."""
     generator, total = np.random.default_rng(0), 0
     for split, images in {"train": count, "val": 8}.items():
         for i in range(images):
@@ -37,13 +38,13 @@ def draw(root: Path, count: int) -> int:
     return total // (count + 8)
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         pass
 
 
 def read(data, decode: bool) -> float:
-    """Images a second of an epoch, from its 49th batch on: new processes share a core for a second or two."""
+    """Return images per second of an epoch from its 49th batch on, once all worker processes have started."""
     data.setup("fit")
     if not decode:
         dataset = data.dataset("train")
@@ -65,7 +66,7 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--images", type=int, default=4096)
-    parser.add_argument("--samples", type=int, default=128, help="images a shard")
+    parser.add_argument("--samples", type=int, default=128, help="images per shard")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -74,30 +75,30 @@ def run() -> None:
     began = time.perf_counter()
     main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", f"--out={shards}",
           f"--samples={options.samples}", f"--data.num_workers={options.workers}"])  # fmt: skip
-    print(f"{size / 1e3:.0f} kB an image; written at {options.images / (time.perf_counter() - began):.0f} images/s")
-    handler = functools.partial(Quiet, directory=str(shards))
+    print(f"{size / 1e3:.0f} kB per image; written at {options.images / (time.perf_counter() - began):.0f} images/s")
+    handler = functools.partial(QuietHandler, directory=str(shards))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         small = {"batch_size": 32, "num_workers": options.workers}
-        ways = {
+        sources = {
             "folder": lambda: ImageFolderDataModule(str(folder), **small),
             "shards": lambda: ClassificationShardsDataModule(str(shards), **small, window=4),
-            "server, nothing kept": lambda: ClassificationShardsDataModule(url, **small, window=4, cache=str(cache)),
-            "server, all kept": lambda: ClassificationShardsDataModule(url, **small, window=4, cache=str(cache)),
+            "server, empty cache": lambda: ClassificationShardsDataModule(url, **small, window=4, cache=str(cache)),
+            "server, full cache": lambda: ClassificationShardsDataModule(url, **small, window=4, cache=str(cache)),
         }
         for decode in (True, False):
-            speeds: dict[str, list[float]] = {way: [] for way in ways}
+            speeds: dict[str, list[float]] = {name: [] for name in sources}
             for _ in range(options.rounds):
-                for way, build in ways.items():
-                    if way == "server, nothing kept":
+                for name, build in sources.items():
+                    if name == "server, empty cache":
                         shutil.rmtree(cache, ignore_errors=True)
-                    speeds[way].append(read(build(), decode))
+                    speeds[name].append(read(build(), decode))
             base = statistics.median(speeds["folder"])
-            print("decoded and cut" if decode else "files alone, one process")
-            for way, found in speeds.items():
-                median = statistics.median(found)
-                print(f"  {way}: {median:.0f} images/s ({min(found):.0f} to {max(found):.0f}), {median / base:.2f}")
+            print("decoded and cropped" if decode else "files only, one process")
+            for name, values in speeds.items():
+                median = statistics.median(values)
+                print(f"  {name}: {median:.0f} images/s ({min(values):.0f} to {max(values):.0f}), {median / base:.2f}")
         server.shutdown()
 
 

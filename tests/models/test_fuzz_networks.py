@@ -55,7 +55,7 @@ def check_network(model, x, shape):
         assert torch.equal(copied.eval()(x), model.eval()(x))
 
 
-@examples(30, 3000)
+@examples(12, 3000)
 @given(neck_options(), st.integers(1, 20), st.integers(1, 20), st.integers(0, 3), DTYPES)
 def test_a_neck_works_or_raises(options, height, width, batch, dtype):
     try:
@@ -89,7 +89,7 @@ def backbone_options(draw):
     }
 
 
-@examples(12, 1000)
+@examples(8, 1000)
 @given(backbone_options(), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2), DTYPES)
 def test_a_backbone_works_or_raises(options, height, width, batch, dtype):
     try:

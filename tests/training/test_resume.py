@@ -288,8 +288,8 @@ def test_an_order_is_shared_and_resumed(replicas, repeats):
     else:
         assert counts.max() == repeats
     for rank, part in enumerate(parts):
-        assert list(TrainingSampler(range(length), replicas, rank, 7, repeats, epoch=0, start=4)) == part[4:]
-    order = TrainingSampler(range(length), replicas, 0, 7, repeats, epoch=3, start=4)
+        assert list(TrainingSampler(range(length), replicas, rank, seed=7, repeats=repeats, start=4)) == part[4:]
+    order = TrainingSampler(range(length), replicas, 0, seed=7, repeats=repeats, epoch=3, start=4)
     order.set_epoch(3)
     assert order.start == 4
     order.set_epoch(4)
