@@ -31,7 +31,7 @@ def test_plain_neck_equals_the_neck(name):
 BACKENDS = {"eager": ["float32", "bfloat16"], "onnx": ["float32"], "openvino": ["float32", "bfloat16"]}
 
 
-@pytest.mark.parametrize("backends", [["eager", "onnx"], pytest.param([*BACKENDS], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backends", [["eager"], pytest.param([*BACKENDS], marks=pytest.mark.slow)])
 def test_run_writes_tables_sizes_and_a_picture(backends, capsys, monkeypatch):
     monkeypatch.setitem(measurement.DEVICES, "cpu", measurement.DEVICES["cpu"]._replace(matmul_side=256))
     if "openvino" not in backends:  # without a process for each measurement
@@ -70,10 +70,12 @@ def test_run_writes_tables_sizes_and_a_picture(backends, capsys, monkeypatch):
 
 def test_flops_equal_the_papers():
     assert Candidate("neck").count_flops() == pytest.approx(50.9e9, rel=0.005)
-    assert Candidate("neck").count_flops() == Candidate("plain neck").count_flops()
+    counts = [Candidate(name, shape=(1, 512, 9, 8)).count_flops() for name in ("neck", "plain neck")]
+    assert counts[0] == counts[1]
     assert Candidate("shunted_s", shape=(1, 3, 224, 224)).count_flops() == pytest.approx(2 * 4.99e9, rel=0.01)
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_step():
     Path("mine.py").write_text(
         "import torch\nclass Wide(torch.nn.Module):\n"
