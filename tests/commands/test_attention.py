@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.exports import SMALL, save_checkpoint
 from PIL import Image
 
 from shunted_lit.cli import main
 from shunted_lit.commands import attention as command
+from shunted_lit.tasks import DetectionTask
 
 TINY = ["--data.train_size=8", "--data.val_size=4", "--data.size=64", "--data.batch_size=4", "--data.num_workers=0",
         "--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]  # fmt: skip
@@ -43,39 +45,45 @@ def test_variant_by_name_is_drawn():
     assert Path("out.png").is_file()
 
 
-@pytest.mark.parametrize(
-    ("config", "options", "stages"),
-    [
-        ("neck", SMALL_NECK, 1),
-        pytest.param("shapes/semantic_fpn", [], 4, marks=pytest.mark.slow),
-        pytest.param("digits", ["--data=ShapesDataModule"], 4, marks=pytest.mark.slow),
-    ],
-)
-def test_trained_network_is_drawn(config, options, stages, monkeypatch):
-    cli = main(["fit", f"--config={CONFIGS}/{config}.yaml", *options, *TINY])
-    checkpoint = f"--ckpt={cli.trainer.log_dir}/checkpoints/last.ckpt"
+def check_pictures(checkpoint, stages, monkeypatch):
+    """Draw a checkpoint's network for the last blocks, for every block, and for a thin image."""
     Image.new("RGB", (90, 60), (200, 30, 30)).save("a.png")
     calls = []
     draw = command.draw_attention
     monkeypatch.setattr(command, "draw_attention", lambda *args: calls.append(args) or draw(*args))
-    main(["attention", "a.png", checkpoint, "--point=80,50", "--out=folder/picture.png"])
+    main(["attention", "a.png", f"--ckpt={checkpoint}", "--point=80,50", "--out=folder/picture.png"])
     with Image.open("folder/picture.png") as picture:
         assert min(picture.size) > 150
         assert len(picture.convert("RGB").getcolors(2**24)) > 50
     _, _, maps, _, scale = calls[0]
     assert len({attention.name.partition("block.")[0] for attention in maps}) == stages
     assert all(a.token == (int(80 * scale / a.stride), int(50 * scale / a.stride)) for a in maps)
-    main(["attention", "a.png", checkpoint, "--point=80,50", "--out=all.png", "--every_block=true"])
+    main(["attention", "a.png", f"--ckpt={checkpoint}", "--point=80,50", "--out=all.png", "--every_block=true"])
     last, every = ({attention.name.rpartition(".groups")[0] for attention in call[2]} for call in calls)
     assert last < every
     Image.new("RGB", (400, 1), (200, 30, 30)).save("thin.png")  # the detector pads it
-    main(["attention", "thin.png", checkpoint, "--point=300,0", "--out=thin_picture.png"])
+    main(["attention", "thin.png", f"--ckpt={checkpoint}", "--point=300,0", "--out=thin_picture.png"])
     _, _, maps, _, scale = calls[2]
     assert all(attention.token[0] == int(300 * scale / attention.stride) for attention in maps)
 
 
+def test_neck_of_a_detector_is_drawn(monkeypatch):
+    task = DetectionTask(2, **{**SMALL, "neck": {"depth": 2, "mlp_ratios": 1}})
+    check_pictures(save_checkpoint(task, "best.ckpt"), 1, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "options", "stages"),
+    [("neck", SMALL_NECK, 1), ("shapes/semantic_fpn", [], 4), ("digits", ["--data=ShapesDataModule"], 4)],
+)
+def test_trained_network_is_drawn(config, options, stages, monkeypatch):
+    cli = main(["fit", f"--config={CONFIGS}/{config}.yaml", *options, *TINY])
+    check_pictures(f"{cli.trainer.log_dir}/checkpoints/last.ckpt", stages, monkeypatch)
+
+
 def test_checkpoint_without_shunted_attention_is_reported():
-    main(["fit", f"--config={CONFIGS}/neck.yaml", *TINY, "--model.neck=null"])
+    save_checkpoint(DetectionTask(2, **{**SMALL, "neck": None}), "last.ckpt")
     Image.new("RGB", (90, 60)).save("a.png")
     with pytest.raises(ValueError, match=r"last\.ckpt: `model` must contain a neck or a shunted backbone; .* does not"):
-        main(["attention", "a.png", "--ckpt=runs/version_0/checkpoints/last.ckpt", "--point=8,5"])
+        main(["attention", "a.png", "--ckpt=last.ckpt", "--point=8,5"])

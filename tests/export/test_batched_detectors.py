@@ -30,7 +30,8 @@ def spread_scores(detector):
 def test_batched_detector_equals_torchvision(name):
     options = {"box_score_thresh": 0.01} if "rcnn" in name else {"score_thresh": 0.01}
     features = FeaturePath("resnet18", levels=(3, 4, 5), neck={"depth": 1, "mlp_ratios": 1})
-    detector = build_detector(name, features, 3, 32, 1, 0.25, 64, 128, **options)
+    sizes = {"pyramid_channels": 32, "extra_levels": 1, "anchor_scale": 0.25, "min_size": 64, "max_size": 128}
+    detector = build_detector(name, features, 3, **sizes, **options)
     spread_scores(detector).eval()
     network = batch_detector(detector).eval()
     for size in ((64, 64), (64, 90), (101, 64)):

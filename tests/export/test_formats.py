@@ -20,7 +20,10 @@ from shunted_lit.export.targets import neck_target
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 
-@pytest.mark.parametrize("format", RUNTIMES)
+@pytest.mark.parametrize(
+    "format",  # openvino converts the file that onnx writes
+    [pytest.param("onnx", marks=pytest.mark.slow), "openvino", pytest.param("torch_export", marks=pytest.mark.slow)],
+)
 def test_neck_runs_at_sizes_that_were_not_checked(format, capsys):
     case = CASES["neck_small_sr4"]
     torch.save({"model": reference_weights(case)}, "reference.pth")
@@ -61,7 +64,7 @@ def test_fixed_sizes_are_the_only_accepted_ones():
 def test_classifier_takes_plain_images_and_stores_its_class_names():
     import onnx
 
-    task = ClassificationTask(3, ["a", "b", "c"], backbone_options={"depths": (1, 1, 1, 1)}).eval()
+    task = ClassificationTask(3, ["a", "b", "c"], backbone="test_resnet").eval()
     main(["export", save_checkpoint(task, "best.ckpt"), "--format=onnx"])
     x = torch.rand(2, 3, 40, 56)
     with torch.no_grad():
@@ -83,10 +86,10 @@ def test_neck_in_safetensors_keeps_its_heads_and_scale():
 
 
 def test_reference_weights_in_safetensors_load_by_timm(tmp_path):
-    torch.save({"model": reference_weights(CASES["shunted_s"])}, "ckpt_S.pth")
-    main(["export", "ckpt_S.pth", "--out", str(tmp_path / "out")])
+    torch.save({"model": reference_weights(CASES["shunted_t"])}, "ckpt_T.pth")
+    main(["export", "ckpt_T.pth", "--out", str(tmp_path / "out")])
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
-    expected = timm.create_model("shunted_s", checkpoint_path="ckpt_S.pth")
+    expected = timm.create_model("shunted_t", checkpoint_path="ckpt_T.pth")
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -118,6 +121,7 @@ def test_file_that_differs_from_pytorch_is_not_kept(monkeypatch):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 def test_signals_can_be_handled_after_several_openvino_models():
     """With a core per model, deleting the first one before the second made the next signal a segmentation fault."""
     code = """
@@ -136,6 +140,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
     assert (done.returncode, done.stdout) == (0, "handled\n")
 
 
+@pytest.mark.slow
 def test_package_imports_without_the_runtimes():
     code = "import sys; sys.modules.update(dict.fromkeys(['onnx', 'onnxscript', 'onnxruntime', 'openvino'])); "
     code += "import shunted_lit.cli, shunted_lit.export.formats"

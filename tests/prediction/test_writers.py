@@ -47,8 +47,9 @@ def test_coco_and_yolo_files_are_read_back_unchanged(tmp_path):
     (tmp_path / "images").mkdir()
     for i in range(2):
         grey_image().save(tmp_path / f"images/{i}.png")
-    same = ("images", "out/predictions.json")
-    module = CocoDataModule(str(tmp_path), *same, *same, num_workers=0, annotation="masks")
+    files = {"train_images": "images", "train_annotations": "out/predictions.json",
+             "val_images": "images", "val_annotations": "out/predictions.json"}  # fmt: skip
+    module = CocoDataModule(str(tmp_path), **files, num_workers=0, annotation="masks")
     module.setup("validate")
     target = module.datasets["val"][0][1]
     assert module.class_names == NAMES
@@ -110,9 +111,9 @@ def test_label_maps_are_read_back_unchanged(tmp_path):
     assert summary == "2 classes: cat 75.0%, bird_{3} 25.0%"
     (tmp_path / "images").mkdir()
     grey_image().save(tmp_path / "images/0.png")
-    folders = ["images", "out/masks"] * 2
+    folders = {"train_images": "images", "train_masks": "out/masks", "val_images": "images", "val_masks": "out/masks"}
     names = (tmp_path / "out/classes.txt").read_text().splitlines()
-    module = MaskFolderDataModule(str(tmp_path), names, *folders, num_workers=0)
+    module = MaskFolderDataModule(str(tmp_path), names=names, **folders, num_workers=0)
     module.setup("validate")
     assert names == NAMES
     assert torch.equal(module.datasets["val"][0][1].long(), label_map)
