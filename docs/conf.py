@@ -29,6 +29,8 @@ autodoc_class_signature = "mixed"
 # Types of other libraries, and aliases of types, have no page here.
 nitpick_ignore_regex = [("py:.*", r"(?!shunted_lit).*")]
 
+napoleon_use_ivar = True  # an `Attributes:` section does not repeat what autodoc lists
+
 html_theme = "furo"
 html_title = "shunted-lit"
 html_static_path = ["_static"]
