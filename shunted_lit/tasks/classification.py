@@ -38,8 +38,8 @@ class ClassificationTask(BaseTask):
     same under `test/`.
 
     Args:
-        num_classes: Number of classes; the data module's, in `shunted-lit`.
-        class_names: Names of the classes; the data module's, in `shunted-lit`.
+        num_classes: Number of classes; the command line takes it from the data.
+        class_names: Names of the classes; the command line takes them from the data.
         backbone: Name of a timm model, such as shunted_t, shunted_s or shunted_b.
         pretrained: Start from timm's pretrained weights.
         weights: Start from a file instead: a checkpoint of the reference implementation, of timm or of `shunted-lit`,

@@ -41,8 +41,8 @@ class DetectionTask(FeaturePathTask):
     In evaluation only images of one size share a batch, so a prediction does not depend on the other images.
 
     Args:
-        num_classes: Number of classes; the data module's, in `shunted-lit`.
-        class_names: Names of the classes; the data module's, in `shunted-lit`.
+        num_classes: Number of classes; the command line takes it from the data.
+        class_names: Names of the classes; the command line takes them from the data.
         detector: "fcos", "retinanet", "faster_rcnn" or "mask_rcnn".
         levels: Levels of the backbone that the pyramid is built from; level l has stride 2 ** l.
         extra_levels: Coarser pyramid levels on top: 0, 1 (as published for R-CNNs) or 2 (for FCOS and RetinaNet).

@@ -20,8 +20,8 @@ class FeaturePathTask(BaseTask):
     and calls `load_network_weights`. It evaluates by `validation_step` and `log_scores`.
 
     Args:
-        num_classes: Number of classes; the data module's, in `shunted-lit`.
-        class_names: Names of the classes; the data module's, in `shunted-lit`.
+        num_classes: Number of classes; the command line takes it from the data.
+        class_names: Names of the classes; the command line takes them from the data.
         backbone: Name of a timm model, such as shunted_t, shunted_s or shunted_b.
         pretrained: Start the backbone from timm's pretrained weights.
         weights: Start from a file instead (a checkpoint or .safetensors). A checkpoint of the same task gives all

@@ -37,9 +37,9 @@ class SegmentationTask(FeaturePathTask):
     In evaluation each image is predicted alone and in its own size, so nothing depends on the rest of its batch.
 
     Args:
-        num_classes: Number of classes; the data module's, in `shunted-lit`.
-        class_names: Names of the classes; the data module's, in `shunted-lit`.
-        decoder: "fpn" (Semantic FPN), "upernet" or "segformer"; `Segmenter` lists the differences to the paper's.
+        num_classes: Number of classes; the command line takes it from the data.
+        class_names: Names of the classes; the command line takes them from the data.
+        decoder: "fpn" (Semantic FPN), "upernet" or "segformer"; `Segmenter` lists the differences from the paper's.
         auxiliary_weight: Weight of the loss of an auxiliary head on level 4; 0: no such head.
         short_side: Length in pixels that the shorter side of an image is scaled to for evaluation; null: its own size.
             Predictions are scaled back.

@@ -9,8 +9,8 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 
 def fit(*args):
-    """Run `fit`; return the CLI and the folder of the run."""
-    cli = main(["fit", *QUIET, *args])
+    """Run `fit`, without predictions.png unless asked for; return the CLI and the folder of the run."""
+    cli = main(["fit", *QUIET, "--report.images=0", *args])
     return cli, Path(cli.trainer.log_dir)
 
 

@@ -80,7 +80,8 @@ def short_run(few, tmp_path_factory):
 
 @pytest.mark.slow
 def test_shunted_t_learns_the_digits(digits):
-    _, folder = fit(f"--config={ROOT / 'configs/digits.yaml'}", f"--data.root={digits}", "--trainer.max_epochs=6")
+    _, folder = fit(f"--config={ROOT / 'configs/digits.yaml'}", f"--data.root={digits}", "--trainer.max_epochs=6",
+                    "--report.images=9")  # fmt: skip
     assert max(read_metric(folder, "val/acc1")) >= 0.97
     assert read_metric(folder, "val/acc5")[-1] >= 0.99
     assert read_metric(folder, "val/loss")[-1] < read_metric(folder, "val/loss")[0]
@@ -378,7 +379,7 @@ def test_a_saved_config_validates_without_the_initial_weights(few, short_run):
 def test_class_names_may_hold_any_characters(folder):
     for split in ("train", "val"):
         (folder / split / "1").rename(folder / split / "$1_a_b$")
-    _, run = fit(*small_run(folder, "--trainer.default_root_dir=run[/x]"))
+    _, run = fit(*small_run(folder, "--trainer.default_root_dir=run[/x]", "--report.images=4"))
     assert (run / "predictions.png").is_file()
 
 

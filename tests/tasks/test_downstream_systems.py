@@ -18,6 +18,7 @@ SHAPES = ["--data=ShapesDataModule", "--data.size=64", "--data.num_workers=0", "
 # Settings for a few steps; all else is as shipped.
 QUICK = [
     *QUIET,
+    "--report.images=0",
     "--trainer.precision=32-true",
     "--trainer.log_every_n_steps=1",
     "--model.warmup_epochs=0",

@@ -12,7 +12,7 @@ from shunted_lit.data import ShapesDataModule
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import BaseTask, ClassificationTask, DetectionTask
 
-BOXES = ["--trainer.max_epochs=2", "--report.images=0",
+BOXES = ["--trainer.max_epochs=2",
          "--model=DetectionTask", "--model.backbone=test_resnet", "--model.extra_levels=0",
          "--model.pyramid_channels=32", "--model.min_size=64", "--model.max_size=64",
          "--seed_everything=3"]  # fmt: skip
