@@ -89,14 +89,13 @@ def shorten_message(message: str) -> str:
 def explain_parser_error(message: str) -> str:
     """Return one line for jsonargparse's report of the types that it tried; other messages are returned unchanged."""
     key = ".".join(re.findall(r'Parser key "([^"]+)":', message))
-    if not key:
-        return message
+    if not key:  # raised by a class of this package
+        raised = re.findall(r"^  - (?!Expected a )(.+?)(?=^  - |^Given value)", message, re.MULTILINE | re.DOTALL)
+        return raised[0].strip() if raised else message
     if innermost := re.search(r"^.*(?:Got value|Given value):.*$|^ *Not of type .*$", message, re.MULTILINE):
         message = message[: innermost.end()]  # what follows belongs to the arguments around it
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     reasons = [line for line in lines if line and not NOISE.match(line)]
-    if "Parser key" in (reasons or [""])[0]:  # 'Parser key "config": File does not exist: ...'
-        return f"`{key}`: {reasons[0].partition(': ')[2]}"
     unknown = next((reason for reason in reasons if not reason.startswith(("Expected a ", "Not of type "))), None)
     if unknown is None:
         return explain_type_error(key, message, reasons)
@@ -105,28 +104,28 @@ def explain_parser_error(message: str) -> str:
         return f"`{key}.{option[1]}` is not an argument of {suggest_argument(class_path, key, option[1])}"
     if required := re.match(r"the following arguments are required: (.+)", unknown):
         options = " and ".join(f"--{key}.{name}" for name in required[1].split(", "))
-        return f"`{key}` lacks required arguments: pass {options}."
-    return f"`{key}`: {unknown}"
+        return f"`{key}` lacks required arguments: pass {options}"
+    return re.sub(r'^Parser key "[^"]*":', f"`{key}`:", unknown) if "Parser key" in unknown else f"`{key}`: {unknown}"
 
 
 def explain_type_error(key: str, message: str, reasons: list[str]) -> str:
     """Return one line for a value that has none of the types of its argument."""
     if missing := re.search(r"Expected a dot import path string: (.*)", message):
         return f"`{key}`: there is no class {missing[1]!r}{suggest_class(missing[1])}"
-    expected = []
+    expected, choices = [], []
     for reason in reasons:
         name = re.match(r"(?:Expected a|Not of type) ([^:]+?)(?:: .*|\. Got value: .*)?$", reason)
-        words = TYPES.get(name[1], name[1]) if name else reason
-        literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", words)
-        expected.append(f"one of {literal[1]}" if literal else words.replace("typing.", ""))
-    value = re.search(
-        r"(?:Got|Given) value: (.*)|Not of type \w+: (.*) does not conform|: ('.*')$", message, re.MULTILINE
-    )
+        words = TYPES.get(name[1], name[1].replace("typing.", "")) if name else reason
+        literal = re.fullmatch(r"Literal\[(.*)\]", words)
+        (choices if literal else expected).append(literal[1] if literal else words)
+    if choices:
+        expected.insert(0, f"one of {', '.join(choices)}")
+    value = re.search(r"(?:Got|Given) value: (.*)|Not of type \w+: (.+) does not conform|: ('.*')$", message, re.M)
     given = next((group for group in value.groups() if group is not None), "") if value else ""
     if nested := re.fullmatch(r"NestedArg\(key=.*, val=(.*)\)", given):
         given = nested[1]
     given = given if len(given) <= 80 else f"{given[:77]}..."
-    return f"`{key}` must be {' or '.join(dict.fromkeys(expected))}, got {given}."
+    return f"`{key}` must be {' or '.join(dict.fromkeys(expected))}, got {given}"
 
 
 def suggest_argument(class_path: str, key: str, name: str) -> str:
@@ -154,12 +153,12 @@ class CommandParser(ArgumentParser):
             super().error(message, ex)
         parser: Any = getattr(ex, "parser", None) or self
         prog = parser.prog.replace("[options] ", "")
-        message = shorten_message(message)
-        if message.startswith("unrecognized arguments: "):
-            first = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
-            close = difflib.get_close_matches(first, re.findall(r"--[\w.]+", parser.format_help()), n=1)
+        message = " ".join(shorten_message(message).replace('in "<unicode string>", ', "at ").split())
+        if unknown := re.match(r"unrecognized arguments: (--[\w.]+)", message):
+            close = difflib.get_close_matches(unknown[1], re.findall(r"--[\w.]+", parser.format_help()), n=1)
             message += f"; did you mean {close[0]}?" if close else ""
-        elif message.startswith("the following arguments are required: "):
-            names = message.partition(": ")[2].replace(f"{prog.rpartition(' ')[2]}.", "")
-            message = f"required arguments are missing: {names}"
-        self.exit(2, f"{program_name()}: error: {message.rstrip('.')}; see `{prog} --help`.\n")
+        elif required := re.match(r"the following arguments are required: (?:(fit|validate|test|predict)\.)?", message):
+            prog = f"shunted-lit {required[1]}" if required[1] else prog
+            message = f"required arguments are missing: {message[required.end() :].replace(f'{required[1]}.', '')}"
+        hint = "" if message.endswith("?") or ".help=" in message else f"; see `{prog} --help`."
+        self.exit(2, f"{program_name()}: error: {message}{hint}\n")

@@ -410,7 +410,7 @@ def test_what_is_damaged_within_is_told(shards, tmp_path):
 
 
 def test_data_without_files_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="ShapesDataModule can't be written as shards"):
+    with pytest.raises(ValueError, match="ShapesDataModule cannot be written as shards"):
         main(["shard", "--data=ShapesDataModule", f"--out={tmp_path / 'out'}"])
     for options, told in (({"window": 0}, "window is 0"), ({"cache_gb": 0}, "cache_gb 0")):
         with pytest.raises(ValueError, match=told):
@@ -459,12 +459,12 @@ def test_what_was_lost_or_changed_since_is_noticed(folder, shards, tmp_path):
 
 
 def test_places_that_shards_are_not_written_to(folder, shards):
-    with pytest.raises(ValueError, match="out is s3://bucket/a, but shards are written to a folder"):
+    with pytest.raises(ValueError, match="`out` must be a local folder, got s3://bucket/a"):
         main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", "--out=s3://bucket/a"])
     for place in (folder, folder / "train", folder / "train/a/shards"):
-        with pytest.raises(ValueError, match=r"holds images of the data, such as in .*; name another folder"):
+        with pytest.raises(ValueError, match=r"holds images of the data.* choose another `--out`"):
             write(place, f"--data.root={folder}")
-    with pytest.raises(ValueError, match="ClassificationShardsDataModule can't be written as shards"):
+    with pytest.raises(ValueError, match="ClassificationShardsDataModule cannot be written as shards"):
         main(["shard", "--data=ClassificationShardsDataModule", f"--data.root={shards}", f"--out={shards}2"])
 
 
