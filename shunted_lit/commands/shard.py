@@ -134,7 +134,7 @@ def check_source(data: Any, dataset: Any, out: Path) -> None:
     for folder in parents:
         if folder.is_relative_to(target) or target.is_relative_to(folder):
             raise ValueError(
-                f"{out}: contains images of the data, or lies among them ({folder}); choose another `--out`."
+                f"{out}: holds images of the data, or lies among them, such as in {folder}; choose another `--out`."
             )
 
 

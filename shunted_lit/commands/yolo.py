@@ -43,4 +43,4 @@ def yolo(args: Sequence[str]) -> Any:
     try:
         return cfg.entrypoint()
     except SyntaxError as error:  # raised for words that Ultralytics does not know
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{str(error).strip()} See `shunted-lit yolo --help`.") from None
