@@ -115,8 +115,8 @@ def explain_type_error(key: str, message: str, reasons: list[str]) -> str:
     expected, choices = [], []
     for reason in reasons:
         name = re.match(r"(?:Expected a|Not of type) ([^:]+?)(?:: .*|\. Got value: .*)?$", reason)
-        words = TYPES.get(name[1], name[1].replace("typing.", "")) if name else reason
-        literal = re.fullmatch(r"Literal\[(.*)\]", words)
+        words = TYPES.get(name[1], f"a {name[1]}".replace("typing.", "")) if name else reason
+        literal = re.fullmatch(r"a Literal\[(.*)\]", words)
         (choices if literal else expected).append(literal[1] if literal else words)
     if choices:
         expected.insert(0, f"one of {', '.join(choices)}")

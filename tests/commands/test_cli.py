@@ -118,9 +118,9 @@ def test_fast_dev_run_writes_no_files():
 @pytest.mark.parametrize(
     ("change", "necks"),
     [
-        (["--model.neck=null"], set()),
-        (["--model.backbone=shunted_t", "--model.neck=null"], set()),
-        (["--model.backbone=shunted_t"], {"5"}),
+        pytest.param(["--model.neck=null"], set(), marks=pytest.mark.slow),
+        pytest.param(["--model.backbone=shunted_t", "--model.neck=null"], set(), marks=pytest.mark.slow),
+        pytest.param(["--model.backbone=shunted_t"], {"5"}, marks=pytest.mark.slow),
         (["--model.neck_levels=[4,5]", "--model.neck={depth: 1, num_heads: 4, ratios: [4, 1]}"], {"4", "5"}),
         (["--model.detector=retinanet", "--model.extra_levels=2"], {"5"}),
     ],
@@ -181,6 +181,7 @@ def test_endless_training_is_rejected():
         fit(*QUICK, "--trainer.max_epochs=-1")
 
 
+@pytest.mark.slow
 def test_resumed_run_follows_its_longer_schedule():
     steps = [*QUICK, "--data.batch_size=8", "--model.warmup_epochs=0"]
     _, first = fit(*steps, "--trainer.max_epochs=1")
@@ -199,12 +200,13 @@ def test_settings_that_a_checkpoint_overrides_are_reported(caplog):
     assert "`model.lr` is 0.002 as in the checkpoint, not 0.5" in caplog.text
 
 
+@pytest.mark.slow
 def test_mixed_precision_with_clipping():
     cli, _ = fit(*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed")
     assert cli.trainer.gradient_clip_val == 5
 
 
-@pytest.mark.parametrize("subcommand", ["validate", "test"])
+@pytest.mark.parametrize("subcommand", [pytest.param("validate", marks=pytest.mark.slow), "test"])
 def test_evaluation_needs_a_checkpoint(subcommand):
     _, first = fit(*QUICK, "--trainer.max_epochs=1")
     with pytest.raises(ValueError, match="needs trained weights; pass a checkpoint with --ckpt_path"):
@@ -247,6 +249,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_yolo_and_coco_data_train_alike(folder):
     results = {}
     for reader in READERS:

@@ -140,6 +140,12 @@ def test_attention_and_export_accept_the_name_of_a_variant(tmp_path):
     out = tmp_path / "out.png"
     cli.main(["attention", str(tmp_path / "a.png"), "--ckpt=shunted_t", "--point=3,4", f"--out={out}"])
     assert out.is_file()
+    export("shunted_t", "safetensors", tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_export_accepts_the_name_of_a_variant(tmp_path):
     export("shunted_t", "torch_export", tmp_path / "out.pt2", height=64, width=64)
     assert (tmp_path / "out.pt2").is_file()
 

@@ -15,9 +15,10 @@ from PIL import Image
 from shunted_lit.cli import main
 
 SAVED = sorted((Path(__file__).parents[1] / "saved_runs").glob("*/*/last.ckpt"))
+CHECKPOINTS = [pytest.param(path, id=f"{path.parts[-3]}-{path.parts[-2]}") for path in SAVED]
+SLOW = [pytest.param(*case.values, id=case.id, marks=[] if "classification" in case.id else pytest.mark.slow)
+        for case in CHECKPOINTS]  # fmt: skip
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-pytestmark = pytest.mark.parametrize("checkpoint", SAVED, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}")
 
 
 def assert_recorded(trainer, checkpoint, suffix=""):
@@ -27,12 +28,14 @@ def assert_recorded(trainer, checkpoint, suffix=""):
     assert scores == pytest.approx(recorded, abs=1e-4)
 
 
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_checkpoint_validates_with_recorded_scores(checkpoint):
     assert_recorded(
         main(["validate", f"--ckpt_path={checkpoint}", "--trainer.logger=false", *QUIET]).trainer, checkpoint
     )
 
 
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
 def test_checkpoint_predicts_as_recorded(checkpoint):
     main(["predict", f"--ckpt_path={checkpoint}", f"--data.images={checkpoint.parents[1] / 'image.png'}", *QUIET,
           "--data.num_workers=0", "--predictions.min_score=0.01", "--predictions.pictures=false"])  # fmt: skip
@@ -52,6 +55,7 @@ def test_checkpoint_predicts_as_recorded(checkpoint):
         assert (found == recorded).mean() > 0.99
 
 
+@pytest.mark.parametrize("checkpoint", SLOW)
 def test_checkpoint_resumes_with_recorded_scores(checkpoint):
     cli = main(["fit", f"--config={checkpoint.parent / 'config.yaml'}", f"--ckpt_path={checkpoint}", *QUIET,
                 "--trainer.max_epochs=5", "--trainer.default_root_dir=runs"])  # fmt: skip
