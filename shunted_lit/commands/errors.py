@@ -100,8 +100,9 @@ def explain_parser_error(message: str) -> str:
     if unknown is None:
         return explain_type_error(key, message, reasons)
     if option := re.match(r"Option '(.+)' is not accepted", unknown):
-        class_path = re.findall(r"Problem with given class_path '([^']+)'", message)[-1]
-        return f"`{key}.{option[1]}` is not an argument of {suggest_argument(class_path, key, option[1])}"
+        classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+        owner = suggest_argument(classes[-1], key, option[1]) if classes else "this command"
+        return f"`{key}.{option[1]}` is not an argument of {owner}"
     if required := re.match(r"the following arguments are required: (.+)", unknown):
         options = " and ".join(f"--{key}.{name}" for name in required[1].split(", "))
         return f"`{key}` lacks required arguments: pass {options}"

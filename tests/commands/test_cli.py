@@ -64,7 +64,7 @@ def test_configs_are_short_and_parse(config, capsys):
 
 def test_run_folder_has_config_metrics_checkpoints_and_pictures():
     cli, folder = fit(
-        *TINY, "--trainer.max_epochs=3", "--data.train_size=96", "--data.val_size=16", "--data.batch_size=8"
+        *QUICK, "--trainer.max_epochs=3", "--data.train_size=64", "--data.val_size=4", "--data.batch_size=8"
     )
     assert folder == Path("runs/version_0")
     for name in ("config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
