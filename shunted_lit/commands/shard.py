@@ -1,4 +1,4 @@
-"""`shunted-lit shard`: a folder of images, or a set in COCO's or YOLO's format, as shards."""
+"""`shunted-lit shard`: write a data set of class folders, or in COCO's or YOLO's format, as shards."""
 
 import json
 import os
@@ -12,27 +12,28 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
-from shunted_lit.commands.check import data_parser, faults_of, parse_data
+from shunted_lit.commands.check import data_parser, find_all_faults, parse_data
 from shunted_lit.data.classification import ClassFolderDataset
 from shunted_lit.data.detection import FolderDataset
 from shunted_lit.data.image_io import FORMATS, IMAGE_SUFFIXES
 from shunted_lit.data.shards import INDEX, VERSION, is_url
 from shunted_lit.data.validation import DataError
+from shunted_lit.utils.checks import check_minimum
 from shunted_lit.utils.files import fingerprint_files, lock_folder, write_atomically
 
-HELP = """Writes a data set as shards, tar files in the format of WebDataset, which ClassificationShardsDataModule and
-DetectionShardsDataModule read from a disk or an object store. Images are as they were, byte for byte; those to train on
-in a random order. In parallel (data.num_workers); where it was cut off, the same words go on. A config of
-`shunted-lit fit` works as it is."""
+DESCRIPTION = """Write a data set as shards: tar files in the format of WebDataset, which ClassificationShardsDataModule
+and DetectionShardsDataModule read from a disk or an object store. Image files are copied byte for byte, training images
+in random order. Shards are written in parallel (data.num_workers); an interrupted command is resumed by repeating it. A
+config of `shunted-lit fit` can be used unchanged."""
 
 
-class Writing(Dataset[int]):
-    """Shard `i` is written when item i is asked for, unless it is there; gives its number of bytes.
+class ShardDataset(Dataset[int]):
+    """Write shard `i` when item `i` is read, unless it exists; the item is its number of bytes.
 
     Args:
         out: folder of the split.
-        dataset: `ClassFolders` or `FolderDataset`.
-        rows: for each shard, its images.
+        dataset: a `ClassFolderDataset` or `FolderDataset`.
+        rows: indices of the images in each shard.
     """
 
     def __init__(self, out: Path, dataset: Any, rows: Sequence[Sequence[int]]):
@@ -41,31 +42,31 @@ class Writing(Dataset[int]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def path(self, number: int) -> Path:
-        return self.out / f"{number:06d}.tar"
-
     def __getitem__(self, number: int) -> int:
-        path = self.path(number)
+        path = self.out / f"{number:06d}.tar"
         if not path.is_file():
-            from webdataset import TarWriter
-
             part = path.with_suffix(".part")
-            with part.open("wb") as file:
-                with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
-                    for place, index in enumerate(self.rows[number]):
-                        image, known = entry_of(self.dataset, index)
-                        sample = {"__key__": f"{number:06d}{place:06d}", suffix_of(image)[1:]: read_bytes(image)}
-                        if "label" in known:
-                            sample["cls"] = str(known["label"]).encode()  # as WebDataset's own examples have it
-                        tar.write({**sample, "json": json.dumps(known).encode()})
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(part, number)
             part.replace(path)
         return path.stat().st_size
 
+    def _write(self, path: Path, number: int) -> None:
+        from webdataset import TarWriter
 
-def suffix_of(image: Path) -> str:
-    """Of the file, or where that is none of an image's, as COCO may have it, of the format."""
+        with path.open("wb") as file:
+            with TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+                for position, index in enumerate(self.rows[number]):
+                    image, record = read_record(self.dataset, index)
+                    sample = {"__key__": f"{number:06d}{position:06d}", image_suffix(image)[1:]: read_bytes(image)}
+                    if "label" in record:
+                        sample["cls"] = str(record["label"]).encode()  # as in WebDataset's own examples
+                    tar.write({**sample, "json": json.dumps(record).encode()})
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def image_suffix(image: Path) -> str:
+    """Return the suffix of an image file; where the file name has none, as COCO allows, that of its format."""
     if image.suffix.lower() in IMAGE_SUFFIXES:
         return image.suffix.lower()
     with Image.open(image, formats=FORMATS) as opened:
@@ -76,54 +77,65 @@ def read_bytes(image: Path) -> bytes:
     try:
         return image.read_bytes()
     except OSError as error:
-        raise ValueError(f"{image}: can't be read ({error.strerror})") from error
+        raise ValueError(f"{image}: cannot be read ({error.strerror})") from error
 
 
-def entry_of(dataset: Any, index: int) -> tuple[Path, Mapping[str, Any]]:
-    """File of an image, and what is known of it."""
+def read_record(dataset: Any, index: int) -> tuple[Path, Mapping[str, Any]]:
+    """Return the file and the labels of an image."""
     if isinstance(dataset, FolderDataset):
         record = dataset.records[index]
-        known = {name: getattr(record, name) for name in ("image_id", "boxes", "labels", "size", "crowd", "segments")}
-        return record.path, {"name": str(record.path), **known}
+        labels = {name: getattr(record, name) for name in ("image_id", "boxes", "labels", "size", "crowd", "segments")}
+        return record.path, {"name": str(record.path), **labels}
     path, label = dataset.samples[index]
     return Path(path), {"name": path, "label": label}
 
 
-def shard(words: Sequence[str]) -> None:
-    """The command line.
+def shard(args: Sequence[str]) -> None:
+    """Run `shunted-lit shard`.
+
+    Args:
+        args: words after `shunted-lit shard`.
 
     Raises:
-        ValueError: data that have no files of images, faults in them, or a folder that holds shards of other data.
+        ValueError: data without image files, errors in the data, or a folder with shards of other data.
     """
-    parser = data_parser("shard", HELP, words)
-    parser.add_argument("--out", type=str, required=True, help="new folder, for train and val")
-    parser.add_argument("--samples", type=int, default=1000, help="images a shard; about 100 MB in all are a good size")
-    data, config = parse_data(parser, words)
+    parser = data_parser("shard", DESCRIPTION, args)
+    parser.add_argument("--out", type=str, required=True, help="new folder for the shards of both splits")
+    parser.add_argument("--samples", type=int, default=1000, help="images per shard; about 100 MB per shard work well")
+    data, config = parse_data(parser, args)
     out = Path(config.out)
     if is_url(config.out):
-        raise ValueError(f"out is {config.out}, but shards are written to a folder; copy that to the store then")
-    if config.samples < 1:
-        raise ValueError(f"samples is {config.samples}, but 1 or more images a shard are needed")
+        raise ValueError(f"`out` must be a local folder, got {config.out}; copy the shards to the store later.")
+    check_minimum(1, samples=config.samples)
     try:
-        import webdataset  # noqa: F401 - here, not in each process
+        import webdataset  # noqa: F401 - an error here is clearer than one in each worker process
     except ImportError as error:
-        raise ValueError("shards are written by webdataset: pip install 'shunted-lit[shards]'") from error
-    if faults := faults_of(data):
+        raise ValueError("writing shards needs webdataset: pip install 'shunted-lit[shards]'") from error
+    if faults := find_all_faults(data):
         raise DataError(faults, "data")
     for split in ("train", "val"):
-        dataset = data.dataset(split)
-        if type(dataset) not in (ClassFolderDataset, FolderDataset):
-            raise ValueError(f"{type(data).__name__} can't be written as shards, but folders of classes, COCO and YOLO")
-        parents = {entry_of(dataset, index)[0].parent for index in range(len(dataset))}
-        folders, place = [folder.resolve() for folder in parents], out.resolve()
-        if near := [f for f in folders if f.is_relative_to(place) or place.is_relative_to(f)]:
-            raise ValueError(f"{out}: holds images of the data, such as in {near[0]}; name another folder")
+        check_source(data, data.dataset(split), out)
     lock = lock_folder(out)
     for split in ("train", "val"):
-        write(out / split, data.dataset(split), data, split, config.samples)
+        write_split(out / split, data, split, config.samples)
     lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
     print(f"{config.out}: shards of {len(data.dataset('train'))} and {len(data.dataset('val'))} images")
+
+
+def check_source(data: Any, dataset: Any, out: Path) -> None:
+    """Raise ValueError if a data set has no image files, or if its images lie within `out` or around it."""
+    if type(dataset) not in (ClassFolderDataset, FolderDataset):
+        raise ValueError(
+            f"{type(data).__name__} cannot be written as shards; use class folders, or data in COCO's or YOLO's format."
+        )
+    parents = {read_record(dataset, index)[0].parent.resolve() for index in range(len(dataset))}
+    target = out.resolve()
+    for folder in parents:
+        if folder.is_relative_to(target) or target.is_relative_to(folder):
+            raise ValueError(
+                f"{out}: holds images of the data, or lies among them, such as in {folder}; choose another `--out`."
+            )
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -133,40 +145,51 @@ def read_json(file: Path) -> dict[str, Any]:
             return content
     except (OSError, ValueError):
         pass
-    raise ValueError(f"{file}: can't be read; remove this folder, or name a new one")
+    raise ValueError(f"{file}: cannot be read; remove this folder, or choose another `--out`.")
 
 
-def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
-    """A split, its index last."""
-    images, known = zip(*(entry_of(dataset, index) for index in range(len(dataset))), strict=True)
-    origin = {
+def remove_damaged_shards(out: Path, description: Mapping[str, Any]) -> None:
+    """Prepare a folder with shards for resuming: remove those of a wrong size.
+
+    Raises:
+        ValueError: the shards are of other data.
+    """
+    for file in (out / "begun.json", out / INDEX):
+        if not file.is_file() or not any(out.glob("*.tar")):
+            continue
+        existing = read_json(file)
+        if {**existing, "shards": 0} != {**description, "shards": 0}:
+            raise ValueError(
+                f"{out}: holds shards of other data, of images that have changed since, or of another number of "
+                "samples; choose another `--out`."
+            )
+        for entry in existing.get("shards", []):
+            path = out / entry["name"]
+            if path.is_file() and path.stat().st_size != entry["bytes"]:
+                path.unlink()
+
+
+def write_split(out: Path, data: Any, split: str, samples: int) -> None:
+    """Write the shards of a split, and last its index."""
+    dataset = data.dataset(split)
+    images, records = zip(*(read_record(dataset, index) for index in range(len(dataset))), strict=True)
+    description = {
         "version": VERSION,
         "annotation": data.annotation,
         "classes": data.class_names,
-        "relative": getattr(dataset, "relative", False),  # boxes in fractions of the image
-        "source": fingerprint_files(images, known),
+        "relative": getattr(dataset, "relative", False),  # boxes as fractions of the image
+        "source": fingerprint_files(images, records),
         "samples": samples,
     }
     out.mkdir(parents=True, exist_ok=True)
+    remove_damaged_shards(out, description)
     begun = out / "begun.json"
-    for file in (begun, out / INDEX):
-        if file.is_file() and any(out.glob("*.tar")):
-            there = read_json(file)
-            if {**there, "shards": 0} != {**origin, "shards": 0}:
-                raise ValueError(
-                    f"{out}: holds shards of other data, of images that have changed since, or of another number of "
-                    "samples; name a new folder"
-                )
-            for shard in there.get("shards", []):  # those that were damaged or lost are written again
-                path = out / shard["name"]
-                if path.is_file() and path.stat().st_size != shard["bytes"]:
-                    path.unlink()
-    write_atomically(begun, json.dumps(origin))
+    write_atomically(begun, json.dumps(description))
     order = torch.arange(len(dataset))
-    if split == "train":  # else a shard would be of one class, and so would what a step sees
+    if split == "train":  # otherwise a shard, and so a training batch, would have images of one class
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     rows = [row.tolist() for row in order.split(samples)]
-    loader = DataLoader(Writing(out, dataset, rows), batch_size=None, num_workers=data.num_workers)
+    loader = DataLoader(ShardDataset(out, dataset, rows), batch_size=None, num_workers=data.num_workers)
     console = Console(stderr=True)
     sizes = list(track(loader, f"Writing {split}", len(rows), transient=True, console=console,
                        disable=not console.is_terminal))  # fmt: skip
@@ -174,5 +197,5 @@ def write(out: Path, dataset: Any, data: Any, split: str, samples: int) -> None:
         {"name": f"{number:06d}.tar", "samples": len(row), "bytes": int(size)}
         for number, (row, size) in enumerate(zip(rows, sizes, strict=True))
     ]
-    write_atomically(out / INDEX, json.dumps({**origin, "shards": shards}))
+    write_atomically(out / INDEX, json.dumps({**description, "shards": shards}))
     begun.unlink()

@@ -17,10 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from shunted_lit.data import ImagesDataModule
-from shunted_lit.data.classification import eval_transform_options
 from shunted_lit.data.image_io import read_image
 from shunted_lit.data.masks import encode_run_lengths
-from shunted_lit.models.weights import read_checkpoint
 from shunted_lit.prediction.chunks import Chunks
 from shunted_lit.tasks import BaseTask
 from shunted_lit.utils.checks import check_fraction
@@ -337,34 +335,3 @@ class PredictionWriter(BasePredictionWriter):
 
 def pluralize(count: int, singular: str, plural: str) -> str:
     return f"{count} {singular if count == 1 else plural}"
-
-
-def settings_from_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]:
-    """The settings that a checkpoint of `shunted-lit fit` knows: its task, and its data.
-
-    Args:
-        path: the checkpoint.
-        predicts: images are to be named by the user, and only prepared as in training; else the data are its own.
-
-    Raises:
-        ValueError: a file that is no such checkpoint.
-    """
-    content = read_checkpoint(path)
-    if "task" not in content or "hyper_parameters" not in content:
-        raise ValueError(f"{path} holds no run of shunted-lit fit, and does not tell its task")
-    arguments = {name: value for name, value in content["hyper_parameters"].items() if not name.startswith("_")}
-    trained = content.get("datamodule_hyper_parameters", {})
-    data: dict[str, Any] = {"class_path": "shunted_lit.data.ImagesDataModule", "init_args": {}}
-    if predicts and content["task"] == "ClassificationTask":
-        size = trained.get("image_size", trained.get("size"))
-        data["init_args"] = {**eval_transform_options(trained), "image_size": size}
-    if not predicts:
-        linked = ("num_classes", "class_names", "annotation")  # which task and data have from each other
-        arguments = {name: value for name, value in arguments.items() if name not in linked}
-        known = {k: value for k, value in trained.items() if not k.startswith("_") and k not in linked}
-        data = {"class_path": trained.get("_class_path"), "init_args": known}
-    settings = {
-        "model": {"class_path": f"shunted_lit.tasks.{content['task']}", "init_args": arguments},
-        "data": data,
-    }
-    return settings if data["class_path"] else {"model": settings["model"]}

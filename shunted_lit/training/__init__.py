@@ -1,1 +1,1 @@
-"""Lightning callbacks, loggers and plugins used by `shunted-lit fit`."""
+"""Callbacks, logger and plugins of `shunted-lit fit`, and resuming of runs."""

@@ -1,4 +1,4 @@
-"""What a run leaves behind for its owner: pictures and a table, made when training ends."""
+"""Report of a run: pictures and tables at the end of training, validation and test."""
 
 import csv
 import time
@@ -13,28 +13,30 @@ from rich.table import Table
 from rich.text import Text
 
 from shunted_lit.tasks import BaseTask
+from shunted_lit.utils.checks import check_minimum
 from shunted_lit.visualization.plots import draw_curves, read_metrics
 
 
 class RunReport(Callback):
-    """At the end of `fit`: predictions.png (by the best checkpoint), curves.png, and a table in the terminal; at the
-    end of `validate` and `test`, a table.
+    """Print a table of scores; after `fit`, also draw curves.png and predictions.png (of the best checkpoint).
 
     Args:
-        images: validation images in predictions.png.
+        images: number of validation images in predictions.png.
+
+    Raises:
+        ValueError: the number is negative.
     """
 
     def __init__(self, images: int = 9):
-        if images < 0:
-            raise ValueError(f"report.images is {images}, but 0 is the least")
+        check_minimum(0, **{"report.images": images})
         self.images = images
-        self.began = 0.0
+        self.start_time = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.began = time.monotonic()
+        self.start_time = time.monotonic()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        log_dir = trainer.log_dir  # asks all ranks, so all have to come here
+        log_dir = trainer.log_dir  # a broadcast: all ranks must take part
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted or not log_dir:  # type: ignore[attr-defined]
             return
         folder = Path(log_dir)
@@ -54,12 +56,12 @@ class RunReport(Callback):
 
     @staticmethod
     def _print_scores(trainer: Trainer) -> None:
-        log_dir = trainer.log_dir  # asks all ranks, so all have to come here
+        log_dir = trainer.log_dir  # a broadcast: all ranks must take part
         if not trainer.is_global_zero:
             return
         table = Table("", "", title=Text(str(log_dir or "")), show_header=False)
         for name, value in sorted(trainer.callback_metrics.items()):
-            table.add_row(name, shown(float(value)))
+            table.add_row(name, format_score(float(value)))
         console = Console()
         console.print(table)
         if log_dir:
@@ -70,7 +72,7 @@ class RunReport(Callback):
             return
         dataset = trainer.val_dataloaders.dataset
         count = min(self.images, len(dataset))
-        samples = [dataset[i * len(dataset) // count] for i in range(count)]  # over the whole set: it may be sorted
+        samples = [dataset[i * len(dataset) // count] for i in range(count)]  # spread: they may be sorted
         last = {name: value.clone() for name, value in task.state_dict().items()}
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         if best:
@@ -84,11 +86,11 @@ class RunReport(Callback):
 
     def _print_table(self, folder: Path, metrics: Path, trainer: Trainer) -> None:
         series = read_metrics(metrics) if metrics.is_file() else {}
-        table = Table("", "best", "last", title=Text(f"{folder}, {time.monotonic() - self.began:.0f} s"))
+        table = Table("", "best", "last", title=Text(f"{folder}, {time.monotonic() - self.start_time:.0f} s"))
         for name, (_, values) in sorted(series.items()):
             if name.startswith("val/") or name == "train/loss":
                 best = min(values) if name.endswith("loss") else max(values)
-                table.add_row(name, shown(best), shown(values[-1]))
+                table.add_row(name, format_score(best), format_score(values[-1]))
         console = Console()
         console.print(table)
         print_classes(console, folder / "class_iou.csv", "classes, at the best validation")
@@ -99,18 +101,18 @@ class RunReport(Callback):
                 console.print(f"{label}: {path}", soft_wrap=True, markup=False)
 
 
-def shown(score: float) -> str:
-    """A score, where it is one: torchmetrics says -1 where there was nothing to find."""
+def format_score(score: float) -> str:
+    """Format a score; torchmetrics returns -1 if there is no object of a size."""
     return f"{score:.4f}" if score != -1 else "no such object"
 
 
 def print_classes(console: Console, path: Path, title: str) -> None:
-    """The table of the classes that segmentation leaves in a run's folder."""
+    """Print the scores of each class that segmentation writes to a CSV file in the run folder."""
     if not path.is_file():
         return
     with path.open(newline="", encoding="utf-8") as file:
-        head, *rows = csv.reader(file)
-    table = Table(*head, title=title)
+        header, *rows = csv.reader(file)
+    table = Table(*header, title=title)
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

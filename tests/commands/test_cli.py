@@ -1,5 +1,6 @@
-"""The command line from end to end: every config, what a run leaves behind, resuming, and errors."""
+"""The command line from end to end: help, configs, run folders, resuming, data formats and errors."""
 
+import contextlib
 import csv
 import json
 import math
@@ -15,7 +16,8 @@ import yaml
 from PIL import Image
 
 from shunted_lit import ShuntedTransformer
-from shunted_lit.cli import COMMANDS, COMMANDS_OF_DATA, main, new_version
+from shunted_lit.cli import main
+from shunted_lit.commands import COMMANDS, find_command, format_help
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import DetectionTask
 
@@ -60,9 +62,9 @@ def test_configs_are_short_and_parse(config, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["model"]["class_path"].startswith("shunted_lit.tasks.")
 
 
-def test_a_run_and_what_it_leaves():
+def test_run_folder_has_config_metrics_checkpoints_and_pictures():
     cli, folder = fit(
-        *TINY, "--trainer.max_epochs=3", "--data.train_size=96", "--data.val_size=16", "--data.batch_size=8"
+        *QUICK, "--trainer.max_epochs=3", "--data.train_size=64", "--data.val_size=4", "--data.batch_size=8"
     )
     assert folder == Path("runs/version_0")
     for name in ("config.yaml", "metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"):
@@ -77,7 +79,7 @@ def test_a_run_and_what_it_leaves():
             assert len(picture.convert("RGB").getcolors(2**24)) > 50
     assert "resnet18" in (folder / "config.yaml").read_text()
 
-    # The checkpoint alone gives back task and neck; nothing in it needs to be trusted.
+    # The checkpoint alone restores task and neck, with weights_only.
     path = folder / "checkpoints/last.ckpt"
     task = DetectionTask.load_from_checkpoint(path, weights_only=True).eval()
     neck = ShuntedTransformer.from_checkpoint(path)
@@ -91,14 +93,10 @@ def test_a_run_and_what_it_leaves():
         ShuntedTransformer.from_checkpoint(path, level=4)
 
 
-def test_a_rerun_gets_its_own_folder():
+def test_second_run_gets_a_new_folder_and_equal_seeds_equal_metrics():
     first, second = (fit(*QUICK, "--trainer.max_epochs=1")[1] for _ in range(2))
     assert (first.name, second.name) == ("version_0", "version_1")
     assert metrics(first, "train/loss") == metrics(second, "train/loss"), "equal seeds, equal runs"
-
-
-def test_run_folders_are_reserved_at_once(tmp_path):
-    assert [new_version(tmp_path / "runs") for _ in range(3)] == [0, 1, 2]
 
 
 def test_default_root_dir_and_other_loggers(tmp_path):
@@ -112,7 +110,7 @@ def test_default_root_dir_and_other_loggers(tmp_path):
     assert not Path("runs").exists()
 
 
-def test_fast_dev_run_leaves_nothing():
+def test_fast_dev_run_writes_no_files():
     main(["fit", *QUICK, "--trainer.fast_dev_run=true"])
     assert not Path("runs").exists()
 
@@ -120,22 +118,22 @@ def test_fast_dev_run_leaves_nothing():
 @pytest.mark.parametrize(
     ("change", "necks"),
     [
-        (["--model.neck=null"], set()),
-        (["--model.backbone=shunted_t", "--model.neck=null"], set()),
-        (["--model.backbone=shunted_t"], {"5"}),
+        pytest.param(["--model.neck=null"], set(), marks=pytest.mark.slow),
+        pytest.param(["--model.backbone=shunted_t", "--model.neck=null"], set(), marks=pytest.mark.slow),
+        pytest.param(["--model.backbone=shunted_t"], {"5"}, marks=pytest.mark.slow),
         (["--model.neck_levels=[4,5]", "--model.neck={depth: 1, num_heads: 4, ratios: [4, 1]}"], {"4", "5"}),
         (["--model.detector=retinanet", "--model.extra_levels=2"], {"5"}),
     ],
     ids=["no neck", "shunted_t alone", "shunted_t and neck", "two necks", "retinanet"],
 )
-def test_backbone_and_neck_are_two_slots(change, necks):
+def test_backbone_and_neck_combine_freely(change, necks):
     cli, folder = fit(*QUICK, "--trainer.max_epochs=1", "--data.batch_size=16", *change)
     assert set(cli.model.detector.backbone.body.necks) == necks
     assert len(metrics(folder, "val/map")) == 1
     DetectionTask.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True)
 
 
-def test_frozen_backbone_trains_neck_and_head_alone():
+def test_frozen_backbone_trains_only_neck_and_head():
     cli, folder = fit(*QUICK, "--trainer.max_epochs=1", "--model.freeze_backbone=true")
     start = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
     optimized = sum(p.numel() for group in cli.trainer.optimizers[0].param_groups for p in group["params"])
@@ -144,20 +142,20 @@ def test_frozen_backbone_trains_neck_and_head_alone():
     assert optimized == total - frozen
     running = [value for name, value in start["state_dict"].items() if name.endswith("bn1.running_mean")]
     assert running
-    assert all(not value.any() for value in running), "BatchNorm did not follow the data"
+    assert all(not value.any() for value in running), "BatchNorm statistics stay frozen"
 
 
-def test_resuming_continues_where_it_stopped():
+def test_resuming_by_path_continues_in_a_new_folder():
     steps = [*QUICK, "--data.batch_size=8"]
     _, first = fit(*steps, "--trainer.max_epochs=2")
     resumed, second = fit(*steps, "--trainer.max_epochs=3", f"--ckpt_path={first}/checkpoints/last.ckpt")
     assert first != second
     assert resumed.trainer.current_epoch == 3
     assert resumed.trainer.global_step == 12
-    assert len(metrics(second, "val/map")) == 1, "only the third epoch was run"
+    assert len(metrics(second, "val/map")) == 1, "only the third epoch ran"
 
 
-def test_decay_spares_norms_and_biases_and_the_rate_follows_its_schedule():
+def test_weight_decay_skips_norms_and_biases_and_rate_follows_schedule():
     cli, _ = fit(
         *QUICK, "--data.batch_size=4", "--trainer.max_epochs=2", "--model.warmup_epochs=0.5", "--model.lr=0.01"
     )
@@ -178,12 +176,13 @@ def test_decay_spares_norms_and_biases_and_the_rate_follows_its_schedule():
     assert rates == pytest.approx(rising + falling, rel=1e-4)
 
 
-def test_endless_training_is_told():
-    with pytest.raises(ValueError, match="Training has no end"):
+def test_endless_training_is_rejected():
+    with pytest.raises(ValueError, match="max_epochs"):
         fit(*QUICK, "--trainer.max_epochs=-1")
 
 
-def test_a_resumed_run_follows_its_own_longer_schedule():
+@pytest.mark.slow
+def test_resumed_run_follows_its_longer_schedule():
     steps = [*QUICK, "--data.batch_size=8", "--model.warmup_epochs=0"]
     _, first = fit(*steps, "--trainer.max_epochs=1")
     _, second = fit(
@@ -194,29 +193,30 @@ def test_a_resumed_run_follows_its_own_longer_schedule():
     assert metrics(second, "lr-AdamW/pg1") == pytest.approx(expected)
 
 
-def test_settings_that_a_checkpoint_overrides_are_told(caplog):
+def test_settings_that_a_checkpoint_overrides_are_reported(caplog):
     _, first = fit(*QUICK, "--trainer.max_epochs=1")
     resumed, _ = fit(*QUICK, "--trainer.max_epochs=2", "--model.lr=0.5", f"--ckpt_path={first}/checkpoints/last.ckpt")
     assert resumed.model.optim.lr == 0.002
-    assert "model.lr is 0.002, as in the checkpoint, not 0.5" in caplog.text
+    assert "`model.lr` is 0.002 as in the checkpoint, not 0.5" in caplog.text
 
 
+@pytest.mark.slow
 def test_mixed_precision_with_clipping():
     cli, _ = fit(*QUICK, "--trainer.max_epochs=1", "--trainer.precision=bf16-mixed")
     assert cli.trainer.gradient_clip_val == 5
 
 
-@pytest.mark.parametrize("subcommand", ["validate", "test"])
+@pytest.mark.parametrize("subcommand", [pytest.param("validate", marks=pytest.mark.slow), "test"])
 def test_evaluation_needs_a_checkpoint(subcommand):
     _, first = fit(*QUICK, "--trainer.max_epochs=1")
-    with pytest.raises(ValueError, match="needs trained weights: name a checkpoint"):
+    with pytest.raises(ValueError, match="needs trained weights; pass a checkpoint with --ckpt_path"):
         main([subcommand, *QUICK])
     cli = main([subcommand, *QUICK, f"--ckpt_path={first}/checkpoints/best.ckpt"])
     stage = {"validate": "val", "test": "test"}[subcommand]
     assert metrics(Path(cli.trainer.log_dir), f"{stage}/map") == pytest.approx(metrics(first, "val/map")[-1:], abs=1e-6)
 
 
-# --- people's own folders
+# --- data sets of users
 
 
 READERS = {
@@ -232,7 +232,7 @@ READERS = {
 }
 
 
-def own_folder(reader, folder):
+def user_data(reader, folder):
     config = yaml.safe_load((ROOT / "configs/neck.yaml").read_text())
     config.pop("data")
     Path("own.yaml").write_text(yaml.safe_dump(config))
@@ -249,10 +249,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_own_folders_train_resume_and_agree(folder):
+@pytest.mark.slow
+def test_yolo_and_coco_data_train_alike(folder):
     results = {}
     for reader in READERS:
-        args = own_folder(reader, folder)
+        args = user_data(reader, folder)
         cli, run = fit(*args, "--trainer.max_epochs=2")
         assert cli.model.class_names == ["circle", "triangle", "square", "star", "cross"]
         results[reader] = {name: metrics(run, name) for name in ("train/loss", "val/map", "val/map_50")}
@@ -266,11 +267,12 @@ def run(*args):
     return subprocess.run([sys.executable, "-m", "shunted_lit", *args], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
-def test_users_see_a_line_and_no_traceback(folder, tmp_path, workers):
+def test_damaged_image_ends_in_one_line_and_exit_code_2(folder, tmp_path, workers):
     damaged = shutil.copytree(folder, tmp_path / "damaged")
     (damaged / "images/train/000001.png").write_bytes(b"nothing")
-    done = run("fit", *own_folder("yolo", damaged), f"--data.num_workers={workers}")
+    done = run("fit", *user_data("yolo", damaged), f"--data.num_workers={workers}")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert "shunted-lit: error: " in done.stderr
@@ -280,72 +282,77 @@ def test_users_see_a_line_and_no_traceback(folder, tmp_path, workers):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.neck={dept: 1}"], "shunted-lit: error: the neck has no keyword dept; it has"),
-        (["--ckpt_path=none.ckpt"], "none.ckpt"),
+        (["--model.neck.num_heads=3"], "512 channels .* 3 heads"),
+        (["--model.detector_options={foo: 1}"], "fcos .* foo"),
+        (["--model.min_size=1024"], "min_size.* 1024 .*max_size"),
+        (["--model.min_size=0"], "min_size.* 0"),
+        (["--model.neck={mlp_ratios: -1}"], "-1 .*512"),
+        (["--model.neck={depth: many}"], "depth.*'?many'?"),
     ],
 )
-def test_wrong_settings_end_in_one_line(args, message):
-    done = run("fit", *QUICK, *args)
-    assert done.returncode == 2, done.stderr
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert "Union" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        (["--model.neck.num_heads=3"], "512 channels do not split into 3 heads"),
-        (["--model.backbone=resnet19"], "timm has no model 'resnet19'"),
-        (["--model.levels=[3,9]"], "no level 9"),
-        (["--model.neck_levels=[]"], "neck_levels is empty"),
-        (["--model.levels=[4,4]"], "none twice"),
-        (["--model.detector_options={foo: 1}"], "fcos has no option foo"),
-        (["--model.neck={drop_path_rate: 1.5}"], "drop_path_rate is 1.5"),
-        (["--model.lr=-1"], "`lr` must be above 0, got -1"),
-        (["--model.min_size=1024"], r"`min_size` .* 1 and `max_size` \(96\), got 1024; .*raise `max_size`"),
-        (["--model.min_size=0"], r"`min_size` must be between 1 and `max_size` \(96\), got 0"),
-        (["--model.neck={mlp_ratios: -1}"], "width is -1 times 512 channels, but at least 1"),
-        (["--model.detector=yolo"], "`detector` must be one of faster_rcnn, .*got 'yolo'"),
-        (["--data.train_size=0"], "train_size is 0"),
-        (["--model.num_classes=3"], "model.num_classes is 3, but the data have 5 classes; leave it out"),
-        (["--model.neck={depth: many}"], "the neck's depth is 'many', but int is needed"),
-    ],
-)
-def test_wrong_settings_are_told(args, message):
+def test_invalid_settings_are_rejected(args, message):
+    """Further ones are in bad_input.yaml."""
     with pytest.raises((ValueError, SystemExit), match=message):
         fit(*QUICK, *args)
 
 
-def test_without_a_logger_nothing_of_a_users_is_overwritten():
+def test_run_without_logger_keeps_existing_config():
     Path("config.yaml").write_text("mine: 1")
     main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false"])
     assert Path("config.yaml").read_text() == "mine: 1"
 
 
-@pytest.mark.parametrize("args", [["fit", "--model.lr=high"], ["fit", "--config=none.yaml"], ["train"], []])
-def test_the_parser_tells_the_rest(args, capsys):
-    with pytest.raises(SystemExit) as done:
-        main([*args, *(QUICK if args[1:2] == ["--model.lr=high"] else [])])
-    assert done.value.code == 2
-    assert "error:" in capsys.readouterr().err
-
-
-def test_scenes_command(tmp_path):
+def test_scenes_writes_coco_annotations(tmp_path):
     main(["scenes", str(tmp_path / "set"), "--train=3", "--val=2", "--size=48"])
     content = json.loads((tmp_path / "set/annotations/train.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["000000.png", "000001.png", "000002.png"]
-    done = run("scenes", str(tmp_path / "set"))
-    assert done.returncode == 2
-    assert "not empty; choose a new folder" in done.stderr
+    with pytest.raises(ValueError, match="not empty; choose a new folder"):
+        main(["scenes", str(tmp_path / "set")])
 
 
-def test_help_names_the_other_commands(capsys):
+# --- help
+
+IN_HELP = ["fit", "validate", "test", "predict", "export", "benchmark", "attention", "cost", "study", "check", "scenes",
+           "digits", "shard", "yolo"]  # fmt: skip
+
+
+@pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_command_by_group(args, capsys):
+    assert main(args) is None
+    assert capsys.readouterr().out == format_help() + "\n"
+    assert sorted(COMMANDS) == sorted(IN_HELP)
+    for command in COMMANDS.values():
+        assert re.search(rf"^  {command.name} +{re.escape(command.summary)}$", format_help(), re.MULTILINE)
+        assert f"\n{command.group}:\n" in format_help()
+    assert "shunted-lit COMMAND --help" in format_help()
+
+
+@pytest.mark.parametrize("name", IN_HELP)
+def test_each_command_has_its_own_help(name, capsys):
+    assert callable(find_command(name).load())
+    with contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: shunted-lit {name}")
+    assert "Lightning Trainer command line tool" not in text
+    if name in ("fit", "validate", "test", "predict"):
+        assert f"examples:\n  shunted-lit {name} --" in text
+
+
+def test_help_of_a_command_by_name(capsys):
     with pytest.raises(SystemExit):
-        main(["--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    commands = re.search(r"Besides: (.*); each tells more by --help", told)[1].split(", ")
-    assert commands == sorted([*COMMANDS, *COMMANDS_OF_DATA, "yolo"])
+        main(["help", "scenes"])
+    assert capsys.readouterr().out.startswith("usage: shunted-lit scenes")
+
+
+def test_similar_commands_are_suggested():
+    with pytest.raises(ValueError, match=r"no command 'vaildate'; did you mean 'validate'\?.*--help"):
+        main(["vaildate"])
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from shunted_lit.cli import main; main([]); sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -353,12 +360,11 @@ def test_help_names_the_other_commands(capsys):
     ["trainer: 5", "trainer: null", "trainer: [1]", "checkpoint: [1]", "checkpoint: null", "report: 3",
      "trainer: {limit_train_batches: 0}", "trainer: {check_val_every_n_epoch: 0}"],
 )  # fmt: skip
-def test_sections_that_are_none_are_told(config, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_invalid_sections_of_a_config_are_rejected(config):
     Path("config.yaml").write_text(config)
-    with pytest.raises((ValueError, SystemExit)) as told:
+    with pytest.raises((ValueError, SystemExit)) as raised:
         main([*SCENES_FIT, "--config=config.yaml"])
-    assert told.type is ValueError or told.value.code == 2
+    assert raised.type is ValueError or raised.value.code == 2
 
 
 SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "--model.pyramid_channels=64",
@@ -366,12 +372,7 @@ SCENES_FIT = ["fit", "--model=DetectionTask", "--model.backbone=test_resnet", "-
               "--data.train_size=8", "--data.val_size=2", "--data.num_workers=0"]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    (["--model.pyramid_channels=0"], "`pyramid_channels` must be at least 1, got 0"),
-    (["--data=DetectionDataModule"], "DetectionDataModule is a base class; choose a data module that reads data"),
-])  # fmt: skip
-def test_settings_that_can_not_be_are_told(words, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises((ValueError, SystemExit)) as told:
-        main(["fit", "--model=DetectionTask", *words] if "--data" in words[0] else [*SCENES_FIT, *words])
-    assert message in str(told.value) + capsys.readouterr().err
+def test_base_class_of_data_modules_is_rejected(capsys):
+    with pytest.raises((ValueError, SystemExit)) as raised:
+        main(["fit", "--model=DetectionTask", "--data=DetectionDataModule"])
+    assert re.search("DetectionDataModule .*base", str(raised.value) + capsys.readouterr().err)

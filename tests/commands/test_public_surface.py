@@ -1,6 +1,7 @@
-"""What others build on stays: commands, options and public names, and the configs that runs have saved.
+"""The public surface stays: commands, options, public names, and the configs saved by runs.
 
-`python tests/test_surface.py` writes the list anew, where something was added; what it loses is a break, for CHANGELOG.
+After an addition, `python tests/commands/test_public_surface.py` updates surface.json. A removal is a breaking
+change and belongs in CHANGELOG.
 """
 
 import importlib
@@ -16,14 +17,15 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from shunted_lit import __version__, ultralytics
-from shunted_lit.cli import COMMANDS, main
+from shunted_lit.cli import main
+from shunted_lit.commands import COMMANDS
 from shunted_lit.data import BaseDataModule
 from shunted_lit.tasks import BaseTask
 
 HERE = Path(__file__).parents[1]
 LIST = HERE / "commands/surface.json"
 MODULES = ["shunted_lit", "shunted_lit.tasks", "shunted_lit.data"]
-FURTHER = {  # of modules that name no public ones, what README tells of
+FURTHER = {  # documented names of modules without __all__
     "shunted_lit.visualization.attention": ["attention_costs", "attention_maps", "draw_attention", "record_attention"],
     "shunted_lit.training.checkpoint": ["RunCheckpoint"],
     "shunted_lit.models.detectors": ["DETECTORS", "Pyramid", "build_detector", "detect"],
@@ -44,7 +46,7 @@ def arguments(thing):
 
 
 def surface():
-    """All of it: names, and the arguments of those that take some."""
+    """Return public names and commands with their arguments."""
     found = {}
     for module in MODULES:
         found |= {f"{module}.{name}": getattr(importlib.import_module(module), name)
@@ -52,7 +54,8 @@ def surface():
     for module, names in FURTHER.items():
         found |= {f"{module}.{name}": getattr(importlib.import_module(module), name) for name in names}
     names = {name: arguments(thing) if callable(thing) else sorted(thing) for name, thing in found.items()}
-    commands = {name: arguments(function) for name, function in COMMANDS.items()}
+    commands = {name: arguments(command.load()) for name, command in COMMANDS.items()
+                if command.from_signature}  # fmt: skip
     commands |= {"yolo yaml": arguments(ultralytics.write_yaml), "yolo weights": arguments(ultralytics.write_weights)}
     return {"names": names, "commands": {**commands, **{name: options(name) for name in OWN}}}
 
@@ -68,28 +71,27 @@ OWN = {
 
 
 def options(command):
-    """Of a command of Lightning's, those that are ours; of `check`, all."""
-    told = StringIO()
-    with redirect_stdout(told), pytest.raises(SystemExit):
+    """Return the options of a command that this package adds to those of Lightning."""
+    output = StringIO()
+    with redirect_stdout(output), pytest.raises(SystemExit):
         main([command, "--help"])
-    words = {word.split("=")[0].strip("[],") for word in told.getvalue().split() if word.startswith(("--", "[--"))}
+    words = {word.split("=")[0].strip("[],") for word in output.getvalue().split() if word.startswith(("--", "[--"))}
     prefixes = tuple(f"--{group}" for group in OWN[command])
     plain = ("--config", "--ckpt_path", "--seed_everything", "--model", "--data", "--decode")
     return sorted(word for word in words if word in plain or (prefixes and word.startswith(prefixes)))
 
 
-def test_nothing_of_the_surface_is_lost():
+def test_public_surface_is_unchanged():
     before, now = json.loads(LIST.read_text()), surface()
     for kind in before:
         for name, values in before[kind].items():
             assert name in now[kind], f"{name} is gone"
             gone = [value for value in values if value not in now[kind][name]]
             assert not gone, f"{name} has lost {gone}"
-    assert now == before, "something is new: python tests/test_surface.py writes the list anew"
+    assert now == before, "names were added: run python tests/commands/test_public_surface.py"
 
 
 def test_positional_arguments_keep_their_order():
-    """What a user may have passed without a name; tasks take the rest of their arguments by name."""
     before, now = json.loads(LIST.read_text())["names"], surface()["names"]
     for name, values in before.items():
         if name.endswith("Task"):
@@ -108,18 +110,18 @@ def leaves(content, path=()):
 
 
 @pytest.mark.parametrize("file", sorted(HERE.glob("saved_configs/*/*.yaml")), ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_a_saved_config_is_read_as_it_was(file, capsys):
+def test_saved_config_is_read_unchanged(file, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["fit", f"--config={file}", "--print_config"])
     assert stop.value.code in (0, None)
     now = dict(leaves(yaml.safe_load(capsys.readouterr().out)))
-    links = ("num_classes", "class_names", "annotation")  # which task and data have from each other
+    links = ("num_classes", "class_names", "annotation")  # linked between task and data
     for path, value in leaves(yaml.safe_load(file.read_text())):
         if path[-1] not in links:
             assert now.get(path, "nothing") == value, path
 
 
-def test_there_are_configs_of_this_release():
+def test_this_release_has_saved_configs():
     assert len(list(HERE.glob(f"saved_configs/{__version__}/*.yaml"))) >= 5
 
 

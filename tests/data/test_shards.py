@@ -420,7 +420,7 @@ def test_damaged_content_of_a_shard_raises(shards, tmp_path):
 
 
 def test_data_without_files_cannot_be_written(tmp_path):
-    with pytest.raises(ValueError, match="ShapesDataModule can't be written as shards"):
+    with pytest.raises(ValueError, match="ShapesDataModule cannot be written as shards"):
         main(["shard", "--data=ShapesDataModule", f"--out={tmp_path / 'out'}"])
     for options, message in (
         ({"window": 0}, "`window` must be at least 1, got 0"),
@@ -471,13 +471,13 @@ def test_lost_shards_are_rewritten_and_changed_images_raise(folder, shards, tmp_
         write_shards(out, f"--data.root={source}")
 
 
-def test_shards_are_not_written_to_urls_or_into_the_data(folder, shards):
-    with pytest.raises(ValueError, match="out is s3://bucket/a, but shards are written to a folder"):
+def test_places_that_shards_are_not_written_to(folder, shards):
+    with pytest.raises(ValueError, match="`out` must be a local folder, got s3://bucket/a"):
         main(["shard", "--data=ImageFolderDataModule", f"--data.root={folder}", "--out=s3://bucket/a"])
     for place in (folder, folder / "train", folder / "train/a/shards"):
-        with pytest.raises(ValueError, match=r"holds images of the data, such as in .*; name another folder"):
+        with pytest.raises(ValueError, match=r"holds images of the data.* choose another `--out`"):
             write_shards(place, f"--data.root={folder}")
-    with pytest.raises(ValueError, match="ClassificationShardsDataModule can't be written as shards"):
+    with pytest.raises(ValueError, match="ClassificationShardsDataModule cannot be written as shards"):
         main(["shard", "--data=ClassificationShardsDataModule", f"--data.root={shards}", f"--out={shards}2"])
 
 

@@ -1,4 +1,4 @@
-"""Several processes: what they train and judge together is what one does alone; and how they end where one fails."""
+"""Distributed runs: two processes train, evaluate and predict as one does, and all end if one fails."""
 
 import csv
 import json
@@ -24,8 +24,8 @@ from shunted_lit.utils.labels import IGNORED
 
 ROOT = Path(__file__).parents[2]
 
-# Without BatchNorm, whose statistics SyncBatchNorm shares on GPUs alone; 13 images to judge, which 2 do not divide. In
-# float64, as AdamW makes whole steps of gradients that are rounding errors alone.
+# No BatchNorm, as SyncBatchNorm needs GPUs; 13 validation images, not divisible by 2. In float64, as AdamW turns even
+# rounding errors of the gradients into full steps.
 COMMON = [
     "--data=ShapesDataModule", "--data.size=32", "--data.train_size=16", "--data.val_size=13", "--data.num_workers=0",
     "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.precision=64-true", "--report.images=0",
@@ -41,7 +41,7 @@ TASKS = {
     "segmentation": ["--model=SegmentationTask", "--model.backbone=pvt_v2_b0", "--model.decoder=fpn",
                      "--model.neck={depth: 1}", "--model.decoder_options={dropout: 0.0}"],
 }  # fmt: skip
-# One after another in the same processes: to start them takes longest.
+# All runs in the same processes, as starting them takes longest.
 SEVERAL = """
 import json, sys
 from shunted_lit.cli import main
@@ -64,7 +64,7 @@ def torchrun(*args, count=2, timeout=300, **env):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Folders of the runs of two processes, by the task."""
+    """Train each task with two processes; return the folder of the runs."""
     folder = tmp_path_factory.mktemp("two")
     script = folder / "several.py"
     script.write_text(SEVERAL)
@@ -79,8 +79,9 @@ def rows(run):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TASKS))
-def test_two_processes_train_and_judge_as_one(name, trained, tmp_path):
+def test_two_processes_train_and_evaluate_as_one(name, trained, tmp_path):
     main(words(name, tmp_path, 8))
     one, two = tmp_path / "version_0", trained / name / "version_0"
     states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (one, two)]
@@ -95,14 +96,15 @@ def test_two_processes_train_and_judge_as_one(name, trained, tmp_path):
         assert scores[0][key] == pytest.approx(scores[1][key], abs=1e-5), key
 
 
-def test_each_image_is_judged_once(trained):
-    """With 13 images, 2 processes have 7 and 6: the table of classes counts all pixels, and none twice."""
+@pytest.mark.slow
+def test_each_validation_image_counts_once(trained):
+    """Of 13 images, the 2 ranks have 7 and 6; the table of classes counts each pixel once."""
     with (trained / "segmentation/version_0/class_iou.csv").open(newline="") as file:
         assert sum(int(row["pixels"]) for row in csv.DictReader(file)) == 13 * 32 * 32
 
 
 @pytest.mark.parametrize("images", [7, 2, 3])
-def test_shares_of_evaluation_are_all_images_once(images):
+def test_ranks_evaluate_each_image_once(images):
     data, shares = ShapesDataModule(val_size=images, num_workers=0), []
     for rank in (0, 1):
         data.trainer = SimpleNamespace(world_size=2, global_rank=rank)
@@ -112,7 +114,7 @@ def test_shares_of_evaluation_are_all_images_once(images):
     assert sorted(shares[0] + shares[1]) == list(range(images))
 
 
-def test_fewer_images_than_processes_are_told():
+def test_fewer_images_than_ranks_are_rejected():
     data = ShapesDataModule(val_size=1, num_workers=0)
     data.trainer = SimpleNamespace(world_size=2, global_rank=1)
     data.dataset("val")
@@ -128,49 +130,50 @@ def test_fewer_images_than_processes_are_told():
     {"detector": "mask_rcnn", "extra_levels": 1},
     {"detector": "fcos", "freeze_backbone": True, "neck": {"depth": 1}},
 ], ids=lambda options: options["detector"])  # fmt: skip
-def test_no_parameter_of_a_detector_is_unused(options, boxes):
-    """What DDP would wait for; with images that have no object as well."""
+def test_every_detector_parameter_gets_a_gradient(options, boxes):
+    """DDP would wait for a missing one; images without objects are no exception."""
     task = DetectionTask(3, **{"backbone": "resnet18", "min_size": 64, "max_size": 64, **options})
     corners = torch.tensor([[4.0, 4, 30, 30], [20, 20, 60, 50], [1, 30, 20, 62]])[:boxes]
     masks = torch.ones(boxes, 64, 64, dtype=torch.bool)
     target = {"boxes": corners, "labels": torch.arange(3)[:boxes], "masks": masks}
-    unused_after(task, ([torch.rand(3, 64, 64)] * 2, [target] * 2))
+    assert_all_gradients(task, ([torch.rand(3, 64, 64)] * 2, [target] * 2))
 
 
 @pytest.mark.parametrize("options", [
     {"decoder": "fpn", "neck": {"depth": 1}}, {"decoder": "upernet", "auxiliary_weight": 0.4}, {"decoder": "segformer"},
 ], ids=lambda options: options["decoder"])  # fmt: skip
 @pytest.mark.parametrize("label", [1, IGNORED])
-def test_no_parameter_of_a_segmenter_is_unused(options, label):
+def test_every_segmenter_parameter_gets_a_gradient(options, label):
     task = SegmentationTask(3, **options)
     maps = [torch.full((64, 64), label, dtype=torch.uint8)] * 2
-    unused_after(task, ([torch.rand(3, 64, 64)] * 2, maps))
+    assert_all_gradients(task, ([torch.rand(3, 64, 64)] * 2, maps))
 
 
 @pytest.mark.parametrize("backbone", ["shunted_t", "shunted_s"])
-def test_no_parameter_of_a_classifier_is_unused(backbone):
+def test_every_classifier_parameter_gets_a_gradient(backbone):
     task = ClassificationTask(3, backbone=backbone)
-    unused_after(task, (torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([0, 2])))
+    assert_all_gradients(task, (torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8), torch.tensor([0, 2])))
 
 
-def unused_after(task, batch):
+def assert_all_gradients(task, batch):
     task.log = task.log_dict = lambda *args, **keywords: None
     task.training_step(batch, 0).backward()
     unused = [name for name, parameter in task.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not unused
 
 
-# --- how they end where one fails
+# --- errors
 
 
 def fails(*args, script=None, **env):
-    """What two processes of a run say that ends by itself, and not well."""
+    """Run two processes that fail, and end without help; return their messages."""
     done = torchrun(*(["-m", "shunted_lit"] if script is None else [str(script)]), *args, timeout=120, **env)
     assert done.returncode not in (0, 124), done.stderr[-2000:]
     return done.stderr
 
 
-def test_an_image_that_one_of_them_cannot_read_ends_both(tmp_path):
+@pytest.mark.slow
+def test_unreadable_image_on_one_rank_ends_all(tmp_path):
     generator = np.random.default_rng(0)
     for split, count in {"train": 8, "val": 2}.items():
         for kind in ("cat", "dog"):
@@ -180,13 +183,13 @@ def test_an_image_that_one_of_them_cannot_read_ends_both(tmp_path):
                 pixels = generator.integers(0, 255, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
     damaged = tmp_path / "train/cat/3.jpg"
-    damaged.write_bytes(damaged.read_bytes()[:-200])  # its header is whole
-    told = fails(
+    damaged.write_bytes(damaged.read_bytes()[:-200])  # its header is intact
+    output = fails(
         "fit", "--model=ClassificationTask", "--data=ImageFolderDataModule", f"--data.root={tmp_path}",
         "--data.image_size=32", "--data.batch_size=4", "--data.num_workers=1", "--trainer.accelerator=cpu",
         "--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.max_epochs=1", "--trainer.logger=false",
     )  # fmt: skip
-    assert f"error: {damaged}: not a readable image" in told
+    assert f"error: {damaged}: not a readable image" in output
 
 
 DIFFERENT = """
@@ -201,42 +204,44 @@ if os.environ["DIFFERS"] == "images" and rank == "1":
 try:
     main(words)
 except ValueError as error:
-    print(f"rank {rank} says: {error}", file=sys.stderr)
+    print(f"rank {rank}: {error}", file=sys.stderr)
     sys.exit(3)
 """
 
 
-@pytest.mark.parametrize(("differs", "told"), [
+@pytest.mark.slow
+@pytest.mark.parametrize(("differs", "message"), [
     ("version", "shunted_lit must be the same on all ranks, but rank 0 has 0.1.0 and rank 1 has 0.0.9"),
     ("images", "images of train must be the same on all ranks, but rank 0 has 16 and rank 1 has 15"),
 ])  # fmt: skip
-def test_processes_that_do_not_have_the_same_are_told(differs, told, tmp_path):
+def test_differing_ranks_are_reported(differs, message, tmp_path):
     (tmp_path / "different.py").write_text(DIFFERENT)
     several = {"trainer.strategy": "ddp", "trainer.devices": 2}
-    said = fails(
+    output = fails(
         *words("classification", tmp_path, 4, **several), script=tmp_path / "different.py", DIFFERS=differs
     )  # fmt: skip
-    assert f"rank 0 says: {told}" in said or f"rank 1 says: {told}" in said  # torchrun ends the slower one
+    assert f"rank 0: {message}" in output or f"rank 1: {message}" in output  # torchrun ends the slower one
 
 
-def test_two_processes_stop_at_a_signal_and_go_on(trained, tmp_path):
-    """SIGTERM to both in mid-epoch, then --ckpt_path last: the weights are those of the run that was not stopped."""
+@pytest.mark.slow
+def test_two_processes_stop_at_a_signal_and_resume(trained, tmp_path):
+    """SIGTERM to both within an epoch, then --ckpt_path last: the weights equal those of an uninterrupted run."""
     command = words("fcos", tmp_path, 4, **{"trainer.strategy": "ddp", "trainer.devices": 2, "ckpt_path": "last"})
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "shunted_lit"]
     with subprocess.Popen([*launch, *command], stderr=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:  # fmt: skip
         wait_for_steps(1, tmp_path, [process])
-        process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        told = process.communicate(timeout=120)[1]
+        process.send_signal(signal.SIGTERM)  # torchrun forwards it
+        output = process.communicate(timeout=120)[1]
     assert process.returncode != 0
-    assert "stopped after step" in told, told[-2000:]
+    assert "stopped after step" in output, output[-2000:]
     done = torchrun("-m", "shunted_lit", *command)
     assert done.returncode == 0, done.stderr[-3000:]
     states = [
         torch.load(run / "version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
         for run in (tmp_path, trained / "fcos")
     ]
-    torch.testing.assert_close(*states, rtol=0, atol=1e-6)  # Lightning loads float64 by way of float32
+    torch.testing.assert_close(*states, rtol=0, atol=1e-6)  # Lightning loads float64 through float32
     assert [int(row["step"]) for row in rows(tmp_path / "version_0") if row["train/loss"]] == [0, 1, 2, 3]
 
 
@@ -265,35 +270,36 @@ def files_in(folder):
 
 @pytest.fixture
 def one_thread():
-    """As the processes of torchrun have: the sums of several are rounded otherwise."""
+    """Use one thread, as torchrun does: more threads round sums differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_two_processes_predict_what_one_does_and_go_on(trained, pictures, tmp_path, capsys, one_thread):
+@pytest.mark.slow
+def test_two_processes_resume_the_prediction_of_one(trained, pictures, tmp_path, capsys, one_thread):
     main(predict(trained, pictures, tmp_path / "one"))
-    whole = files_in(tmp_path / "one")
-    assert len(whole) == 21 * 2 + 2
-    assert b'"score"' in whole[Path("predictions.json")]
+    expected = files_in(tmp_path / "one")
+    assert len(expected) == 21 * 2 + 2
+    assert b'"score"' in expected[Path("predictions.json")]
     out = tmp_path / "two"
-    # Cut off after 8 images; then by two processes, for the rest.
+    # One process stops after 8 images; two processes predict the rest.
     main(predict(trained, pictures, out, "--trainer.limit_predict_batches=8"))
-    told = capsys.readouterr().out
-    assert "2 of 7 chunks are complete; run the same command again to resume" in told
-    done = {path: path.stat().st_mtime_ns for path in (out / "labels").iterdir()}
-    assert len(done) == 8
+    assert "2 of 7 chunks are complete; run the same command again to resume" in capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in (out / "labels").iterdir()}
+    assert len(times) == 8
     several = ["--trainer.devices=2", "--trainer.strategy=ddp"]
-    said = torchrun("-m", "shunted_lit", *predict(trained, pictures, out, *several))
-    assert said.returncode == 0, said.stderr[-3000:]
-    assert said.stdout.count("21 images") == 1
-    assert "resuming after 2 of 7 chunks" in said.stderr
-    assert files_in(out) == whole
-    kept = [path for path, time_ns in done.items() if path.stat().st_mtime_ns == time_ns]
+    done = torchrun("-m", "shunted_lit", *predict(trained, pictures, out, *several))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("21 images") == 1
+    assert "resuming after 2 of 7 chunks" in done.stderr
+    assert files_in(out) == expected
+    kept = [path for path, time_ns in times.items() if path.stat().st_mtime_ns == time_ns]
     assert len(kept) == 6, "two chunks of 3 images"
 
 
+@pytest.mark.slow
 def test_chunks_of_another_prediction_are_rejected(trained, pictures, tmp_path):
     main(predict(trained, pictures, tmp_path, "--trainer.limit_predict_batches=4"))
     with pytest.raises(ValueError, match=r"was started with weights .*, now it is .*; remove this folder"):
@@ -309,21 +315,24 @@ def test_chunks_of_another_prediction_are_rejected(trained, pictures, tmp_path):
         main(predict(trained, pictures, tmp_path))
 
 
-def test_many_images_are_predicted_without_pictures(trained, pictures, tmp_path):
+@pytest.mark.slow
+def test_prediction_without_pictures(trained, pictures, tmp_path):
     main(predict(trained, pictures, tmp_path, "--predictions.pictures=false"))
     assert not (tmp_path / "pictures").exists()
     assert len(list((tmp_path / "labels").iterdir())) == 21
 
 
+@pytest.mark.slow
 def test_fewer_images_than_devices_are_predicted(trained, pictures, tmp_path):
-    said = torchrun("-m", "shunted_lit", *predict(trained, pictures / "00.png", tmp_path, "--trainer.devices=2",
+    done = torchrun("-m", "shunted_lit", *predict(trained, pictures / "00.png", tmp_path, "--trainer.devices=2",
                                                   "--trainer.strategy=ddp"))  # fmt: skip
-    assert said.returncode == 0, said.stderr[-3000:]
-    assert "1 image" in said.stdout
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 image" in done.stdout
     assert len(list((tmp_path / "labels").iterdir())) == 1
 
 
-def test_images_that_changed_since_are_noticed(trained, pictures, tmp_path):
+@pytest.mark.slow
+def test_changed_images_are_noticed(trained, pictures, tmp_path):
     source, out = tmp_path / "source", tmp_path / "out"
     shutil.copytree(pictures, source)
     main(predict(trained, source, out, "--trainer.limit_predict_batches=4"))
@@ -340,20 +349,21 @@ def test_images_that_changed_since_are_noticed(trained, pictures, tmp_path):
 # --- more than one host
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(bool(why_not()), reason=why_not() or "none")
-def test_a_host_that_dies_ends_the_other_or_comes_back(tmp_path):
+def test_dead_host_ends_the_other_and_can_return(tmp_path):
     with two_hosts() as hosts:
         code, seconds = survivor(hosts, tmp_path / "survivor")
-        told = (tmp_path / "survivor/node_0.log").read_text()
+        output = (tmp_path / "survivor/node_0.log").read_text()
         assert code != 0
         assert seconds < 60
-        assert "Another process of this run has ended, or can't be reached" in told
+        assert "Another process of this run has ended or cannot be reached" in output
         codes, steps = back_again(hosts, tmp_path / "back_again")
         assert codes == [0, 0]
         assert steps == list(range(STEPS)), "each step once, none lost"
 
 
-# What SLURM's own do: start tasks, with their numbers, and hand signals on; note what is to be queued again.
+# Stubs of SLURM's commands: start tasks, with their ranks, and forward signals; record requeued jobs.
 STUBS = {
     "srun": """#!/bin/bash
 shift  # --kill-on-bad-exit
@@ -366,7 +376,7 @@ done
 exit ${worst:-0}
 """,
     "scontrol": """#!/bin/bash
-echo "$@" >> queued_again.txt
+echo "$@" >> requeued.txt
 """,
     "shunted-lit": f"""#!/bin/bash
 exec {sys.executable} -m shunted_lit "$@"
@@ -375,9 +385,9 @@ exec {sys.executable} -m shunted_lit "$@"
 FOR_TEST = [word for word in COMMON if word.partition("=")[0] != "--trainer.precision"]
 
 
-def test_a_job_of_slurm_stops_before_its_time_is_up_and_is_queued_again(tmp_path, monkeypatch):
-    """The template as it is, but with a small network on drawn shapes, and stubs for the commands of SLURM."""
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.slow
+def test_slurm_job_stops_before_its_time_limit_and_is_requeued(tmp_path):
+    """The template with a small network on drawn shapes, and with stubs for the commands of SLURM."""
     places = tmp_path / "bin"
     places.mkdir()
     for name, content in STUBS.items():
@@ -401,19 +411,20 @@ def test_a_job_of_slurm_stops_before_its_time_is_up_and_is_queued_again(tmp_path
         wait_for_steps(1, tmp_path / "runs", [process])
         listed = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
         os.kill(int(listed.split()[0]), signal.SIGTERM)  # SLURM signals the steps of a job, not its script
-        told = process.communicate(timeout=120)[1]
-    assert process.returncode == 143, told[-3000:]
-    assert (tmp_path / "queued_again.txt").read_text() == "requeue 77\n"
+        output = process.communicate(timeout=120)[1]
+    assert process.returncode == 143, output[-3000:]
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     steps = [int(row["step"]) for row in rows(tmp_path / "runs/version_0") if row["train/loss"]]
     assert steps == list(range(16)), "8 epochs of 2 steps, none lost"
-    assert (tmp_path / "queued_again.txt").read_text() == "requeue 77\n"
+    assert (tmp_path / "requeued.txt").read_text() == "requeue 77\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["classification", "segmentation"])
-def test_test_judges_as_validation_did(name, trained, tmp_path):
-    """The best of two processes, tested in one: the score by which it was the best."""
+def test_test_command_reproduces_the_validation_score(name, trained, tmp_path):
+    """The best checkpoint of two processes, tested in one, has the score that made it the best."""
     run = trained / name / "version_0"
     further = ["--trainer.accelerator=cpu", "--trainer.precision=64-true", "--data.num_workers=0"]
     checkpoint = f"--ckpt_path={run / 'checkpoints/best.ckpt'}"

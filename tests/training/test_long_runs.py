@@ -1,6 +1,6 @@
-"""Long runs: memory stays flat, and a data worker that dies is told.
+"""Long runs: memory stays constant, and the death of a data worker is reported.
 
-SHUNTED_LIT_LONG=1 makes them as long as README says: 2,000 steps, and 10,000 predictions.
+With SHUNTED_LIT_LONG=1 they take 2,000 training steps and 10,000 predictions.
 """
 
 import os
@@ -14,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.slow
 LONG = os.environ.get("SHUNTED_LIT_LONG") == "1"
 
-# A process of its own: what other tests have left can't hide what grows here.
+# Run in a separate process, so that memory freed by other tests cannot hide growth.
 SAMPLED = """
 import gc, sys
 import torch
@@ -43,14 +44,8 @@ main(sys.argv[1:])
 """
 
 
-@pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def samples(*words):
-    """MiB of a command's process, by the batches done."""
+def measure_memory(*words):
+    """Return the memory of a command's process in MiB, by the number of batches done."""
     done = subprocess.run(
         [sys.executable, "-c", SAMPLED, *words, "--trainer.enable_progress_bar=false"],
         capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"},
@@ -60,12 +55,11 @@ def samples(*words):
     return {int(count): float(size) for _, count, size in rows}
 
 
-def growth(found):
-    """MiB from the middle third of the batches to the last, the highest of each."""
-    third = max(found) / 3
-    return max(v for k, v in found.items() if k > 2 * third) - max(
-        v for k, v in found.items() if third < k <= 2 * third
-    )
+def growth(memory):
+    """Return by how many MiB the peak of the last third of the batches exceeds that of the middle third."""
+    third = max(memory) / 3
+    middle = [value for batch, value in memory.items() if third < batch <= 2 * third]
+    return max(value for batch, value in memory.items() if batch > 2 * third) - max(middle)
 
 
 TRAIN = {
@@ -78,18 +72,18 @@ TRAIN = {
 
 
 @pytest.mark.parametrize("kind", TRAIN)
-def test_training_takes_no_more_memory_with_time(kind):
+def test_training_memory_stays_constant(kind):
     steps = 2000 if LONG else 200
-    found = samples(
+    memory = measure_memory(
         "fit", *TRAIN[kind], "--data.batch_size=2", "--data.num_workers=0", "--data.train_size=200",
         "--data.val_size=4", f"--trainer.max_epochs={steps // 100}", "--trainer.check_val_every_n_epoch=4",
         "--trainer.callbacks+=Sample",
     )  # fmt: skip
-    assert max(found) == steps
-    assert growth(found) < 10, found
+    assert max(memory) == steps
+    assert growth(memory) < 10, memory
 
 
-def test_prediction_takes_no_more_memory_with_time(folder):
+def test_prediction_memory_stays_constant(tmp_path):
     from shunted_lit.tasks import DetectionTask
 
     task = DetectionTask(
@@ -99,20 +93,20 @@ def test_prediction_takes_no_more_memory_with_time(folder):
     names = {"task": "DetectionTask", "class_names": task.class_names, "hyper_parameters": dict(task.hparams)}
     torch.save({"state_dict": task.state_dict(), "pytorch-lightning_version": "2.6.0", **names}, "run.ckpt")
     count = 10_000 if LONG else 400
-    (folder / "images").mkdir()
+    (tmp_path / "images").mkdir()
     for i in range(count):
-        Image.new("RGB", (32 + i % 7, 32), (i % 256, 90, 90)).save(folder / f"images/{i:05d}.png")
-    found = samples(
+        Image.new("RGB", (32 + i % 7, 32), (i % 256, 90, 90)).save(tmp_path / f"images/{i:05d}.png")
+    memory = measure_memory(
         "predict", "--ckpt_path=run.ckpt", "--data.images=images", "--data.num_workers=0", "--predictions.min_score=0",
         "--trainer.callbacks+=Sample",
     )  # fmt: skip
-    assert max(found) == count
-    assert growth(found) < 10, found
-    assert len(list((folder / "predictions/pictures").iterdir())) == count
+    assert max(memory) == count
+    assert growth(memory) < 10, memory
+    assert len(list((tmp_path / "predictions/pictures").iterdir())) == count
 
 
-def test_a_data_worker_that_dies_is_told():
-    """SIGKILL, as the kernel sends where memory is short."""
+def test_death_of_a_data_worker_is_reported():
+    """SIGKILL, as the kernel sends when memory is short."""
     words = ["fit", *TRAIN["classes"], "--data.batch_size=2", "--data.num_workers=2", "--data.train_size=4000",
              "--trainer.max_epochs=9", "--trainer.enable_progress_bar=false"]  # fmt: skip
     with Path("log.txt").open("w") as log:
@@ -129,10 +123,10 @@ def test_a_data_worker_that_dies_is_told():
     finally:
         run.kill()
         run.wait()
-    told = Path("log.txt").read_text()
-    assert "Traceback" not in told
-    assert f"DataLoader worker (pid {workers[0]}" in told or f"DataLoader worker (pid(s) {workers[0]}" in told
-    assert "A process that loads data died, most often for lack of memory" in told
+    output = Path("log.txt").read_text()
+    assert "Traceback" not in output
+    assert f"DataLoader worker (pid {workers[0]}" in output or f"DataLoader worker (pid(s) {workers[0]}" in output
+    assert "A data loading process died, most often for lack of memory" in output
 
 
 def command_of(pid):

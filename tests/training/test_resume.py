@@ -1,8 +1,9 @@
-"""Runs that are killed, stopped, or out of space: what is left can be loaded, and what goes on is as if nothing was."""
+"""Interrupted runs: checkpoints stay readable, and a resumed run equals one that was never stopped, bit for bit."""
 
 import csv
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -18,7 +19,8 @@ from shunted_lit.cli import main
 from shunted_lit.data import ShapesDataModule
 from shunted_lit.data.sampling import TrainingSampler
 from shunted_lit.tasks import BaseTask
-from shunted_lit.training.checkpoint import RunCheckpoint, Stopped, find_last_run
+from shunted_lit.training.checkpoint import RunCheckpoint, Stopped
+from shunted_lit.training.resume import create_run_folder, find_last_run
 
 QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--trainer.log_every_n_steps=1"]
 SHAPES = [
@@ -28,7 +30,7 @@ SHAPES = [
     "--data.batch_size=4",
     "--seed_everything=5",
 ]
-# With all that draws random numbers: order, flips, colours, mixup, erasing, stochastic depth.
+# Every source of random numbers: order, flips, colours, mixup, erasing, stochastic depth.
 SMALL = "--model.backbone_options={dims: [8, 16, 24, 32], num_heads: [2, 2, 2, 2], depths: [1, 1, 2, 1]}"
 CLASSES = ["fit", *QUIET, "--model=ClassificationTask", "--model.backbone=shunted_t", SMALL, "--model.mixup=0.8",
            "--model.drop_path_rate=0.3", "--model.random_erasing=0.3", *SHAPES, "--data.distort=0.5"]  # fmt: skip
@@ -40,16 +42,15 @@ MAPS = ["fit", *QUIET, "--model=SegmentationTask", "--model.backbone=shunted_t",
 
 
 @pytest.fixture(autouse=True)
-def one_thread(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def same_ends(one, other):
-    """Whether two runs ended alike to the last bit: weights, optimizer, metrics."""
+def assert_equal_runs(one, other):
+    """Check that weights, optimizer states and metrics of two runs are equal, bit for bit."""
     first, second = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, other))
     assert first["global_step"] == second["global_step"] > 0
     for name, value in first["state_dict"].items():
@@ -67,7 +68,7 @@ import os, sys, traceback
 import torch
 from shunted_lit.cli import main
 torch.set_num_threads(1)
-for line in sys.stdin:  # forks are there at once, where a new process would import for seconds
+for line in sys.stdin:  # a fork starts at once; a new process would import for seconds
     if not (pid := os.fork()):
         os.setpgid(0, 0)
         os.dup2(2, 1)
@@ -80,7 +81,7 @@ for line in sys.stdin:  # forks are there at once, where a new process would imp
             os._exit(99)
         os._exit(0)
     try:
-        os.setpgid(pid, pid)  # as the child does: whoever is first
+        os.setpgid(pid, pid)  # the child does the same; one of them is first
     except OSError:
         pass
     print(pid, flush=True)
@@ -89,7 +90,7 @@ for line in sys.stdin:  # forks are there at once, where a new process would imp
 
 
 class Runner:
-    """Commands in processes of their own."""
+    """Run commands in forked processes."""
 
     def __init__(self, log):
         self.log = log
@@ -119,15 +120,16 @@ class Runner:
         self.process.wait()
 
 
-def test_killed_at_any_moment_and_gone_on(tmp_path):
+@pytest.mark.slow
+def test_run_killed_at_random_moments_equals_uninterrupted_run(tmp_path):
     words = [*CLASSES, "--data.train_size=202", "--data.num_workers=1", "--trainer.max_epochs=3",
              "--checkpoint.last_every_n_steps=3"]  # fmt: skip
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference, killed = tmp_path / "reference", tmp_path / "killed"
     dice = random.Random(0)
     kills = in_writing = 0
     with Runner(tmp_path / "log.txt") as runner:
         began = time.monotonic()
-        runner.start([*words, f"--trainer.default_root_dir={whole}"])
+        runner.start([*words, f"--trainer.default_root_dir={reference}"])
         assert runner.wait() == 0, (tmp_path / "log.txt").read_text()
         seconds = time.monotonic() - began
         again = [*words, f"--trainer.default_root_dir={killed}", "--ckpt_path=last"]
@@ -145,7 +147,7 @@ def test_killed_at_any_moment_and_gone_on(tmp_path):
                     while not part.exists() and time.monotonic() < deadline and alive(pid):
                         time.sleep(0.0003)
                 else:
-                    goal = before + dice.randint(-1, 5)  # below 0: while it starts
+                    goal = before + dice.randint(-1, 5)  # below 0: during the start
                     while (last_step(metrics) or 0) < goal and time.monotonic() < deadline and alive(pid):
                         time.sleep(0.003)
                     time.sleep(dice.uniform(0, 0.15))
@@ -154,18 +156,18 @@ def test_killed_at_any_moment_and_gone_on(tmp_path):
             code = runner.wait()
             assert code in (0, -9), (tmp_path / "log.txt").read_text()
             kills += code == -9
-            assert steps(last) >= before, "what was saved stays"
+            assert steps(last) >= before, "saved steps are never lost"
             if code == -9 and (rows := last_step(metrics)) is not None:
-                assert rows + 1 - steps(last) <= 3 + 1, "no more than an interval is lost, and the step it was in"
+                assert rows + 1 - steps(last) <= 3 + 1, "at most an interval and the current step are lost"
     assert kills >= 20
     assert in_writing >= 3
-    same_ends(whole / "version_0", killed / "version_0")
+    assert_equal_runs(reference / "version_0", killed / "version_0")
     assert sorted(path.name for path in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
     assert [path.name for path in killed.iterdir()] == ["version_0"]
 
 
 def steps(path):
-    """Steps in a checkpoint, which has to be whole."""
+    """Return the steps of a checkpoint, which must be readable."""
     return torch.load(path, weights_only=True)["global_step"] if path.exists() else 0
 
 
@@ -178,44 +180,49 @@ def alive(pid):
     return Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_all_processes_ends_the_run_with_a_checkpoint(tmp_path, number, code):
+def test_signal_to_process_group_ends_run_with_checkpoint(tmp_path, number, code):
     words = [*BOXES, "--data.train_size=40", "--data.num_workers=2", "--trainer.max_epochs=3"]
     with Runner(tmp_path / "log.txt") as runner:
-        runner.start([*words, "--trainer.default_root_dir=whole"])
+        runner.start([*words, "--trainer.default_root_dir=reference"])
         assert runner.wait() == 0, (tmp_path / "log.txt").read_text()
         pid = runner.start([*words, "--trainer.default_root_dir=stopped"])
         metrics = tmp_path / "stopped/version_0/metrics.csv"
         while (last_step(metrics) or 0) < 13:
             assert alive(pid)
             time.sleep(0.01)
-        os.killpg(pid, number)  # as a terminal and a scheduler do: workers get it, too
+        os.killpg(pid, number)  # as terminals and schedulers do: workers get it, too
         assert runner.wait() == code, (tmp_path / "log.txt").read_text()
         stopped = steps(tmp_path / "stopped/version_0/checkpoints/last.ckpt")
         assert 13 <= stopped < 30
         assert f"stopped after step {stopped}" in (tmp_path / "log.txt").read_text()
         runner.start([*words, "--trainer.default_root_dir=stopped", "--ckpt_path=last"])
         assert runner.wait() == 0
-    same_ends(Path("whole/version_0"), Path("stopped/version_0"))
+    assert_equal_runs(Path("reference/version_0"), Path("stopped/version_0"))
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
     ("words", "at"),
     [
-        ([*BOXES, "--data.train_size=24", "--data.num_workers=2"], 8),
-        ([*BOXES, "--data.train_size=32", "--data.num_workers=0", "--trainer.val_check_interval=0.5"], 11),
-        ([*BOXES, "--data.train_size=28", "--data.num_workers=0", "--trainer.accumulate_grad_batches=3"], 4),
-        ([*BOXES, "--data.train_size=24", "--data.num_workers=0", "--trainer.check_val_every_n_epoch=2"], 7),
-        ([*MAPS, "--data.train_size=24", "--data.num_workers=0", "--trainer.callbacks+=EMAWeightAveraging"], 8),
-        ([*MAPS, "--data.train_size=24", "--data.num_workers=0", "--trainer.precision=bf16-mixed"], 6),
+        slow([*BOXES, "--data.train_size=24", "--data.num_workers=2"], 8),
+        slow([*BOXES, "--data.train_size=32", "--data.num_workers=0", "--trainer.val_check_interval=0.5"], 11),
+        slow([*BOXES, "--data.train_size=28", "--data.num_workers=0", "--trainer.accumulate_grad_batches=3"], 4),
+        slow([*BOXES, "--data.train_size=24", "--data.num_workers=0", "--trainer.check_val_every_n_epoch=2"], 7),
+        slow([*MAPS, "--data.train_size=24", "--data.num_workers=0", "--trainer.callbacks+=EMAWeightAveraging"], 8),
+        slow([*MAPS, "--data.train_size=24", "--data.num_workers=0", "--trainer.precision=bf16-mixed"], 6),
         ([*CLASSES, "--data.train_size=24", "--data.num_workers=0"], 12),
     ],
     ids=["workers", "validation twice an epoch", "accumulation", "validation each second epoch", "averaged weights",
-         "bfloat16", "before a validation"],
+         "bfloat16", "fast"],
 )  # fmt: skip
-def test_a_stopped_run_goes_on_as_if_it_was_not(words, at, monkeypatch):
+def test_stopped_run_resumes_bit_for_bit(words, at, monkeypatch):
     words = [*words, "--trainer.max_epochs=4"]
-    main([*words, "--trainer.default_root_dir=whole"])
+    main([*words, "--trainer.default_root_dir=reference"])
     step, stopped = BaseTask.on_train_batch_start, []
 
     def interrupted(self, batch, batch_idx):
@@ -230,13 +237,12 @@ def test_a_stopped_run_goes_on_as_if_it_was_not(words, at, monkeypatch):
             main([*words, "--trainer.default_root_dir=stopped"])
     assert at < steps(Path("stopped/version_0/checkpoints/last.ckpt")) <= at + 1
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    assert getattr(signal.getsignal(signal.SIGTERM), "__func__", None) is not RunCheckpoint.note
+    assert getattr(signal.getsignal(signal.SIGTERM), "__func__", None) is not RunCheckpoint.on_signal
     main([*words, "--trainer.default_root_dir=stopped", "--ckpt_path=last"])
-    same_ends(Path("whole/version_0"), Path("stopped/version_0"))
+    assert_equal_runs(Path("reference/version_0"), Path("stopped/version_0"))
 
 
-def test_the_second_signal_ends_at_once(monkeypatch):
-
+def test_second_signal_ends_at_once(monkeypatch):
     def twice(self, batch, batch_idx):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -247,18 +253,19 @@ def test_the_second_signal_ends_at_once(monkeypatch):
     assert not Path("runs/version_0/checkpoints/last.ckpt").exists()
 
 
-def test_workers_change_nothing():
+@pytest.mark.slow
+def test_number_of_workers_changes_nothing():
     ends = []
     for workers in (0, 1, 3):
         root = f"with_{workers}"
         main([*BOXES, "--data.train_size=16", f"--data.num_workers={workers}", "--trainer.max_epochs=2",
               f"--trainer.default_root_dir={root}"])  # fmt: skip
         ends.append(Path(root, "version_0"))
-    same_ends(ends[0], ends[1])
-    same_ends(ends[0], ends[2])
+    assert_equal_runs(ends[0], ends[1])
+    assert_equal_runs(ends[0], ends[2])
 
 
-def test_other_seeds_and_epochs_have_other_orders_and_samples():
+def test_seed_and_epoch_change_order_and_augmentation():
     def samples(seed, epoch):
         data = ShapesDataModule(train_size=16, size=64, num_workers=0, batch_size=16, annotation="boxes", crop=0.5)
         data.setup("fit")
@@ -275,7 +282,7 @@ def test_other_seeds_and_epochs_have_other_orders_and_samples():
 
 @pytest.mark.parametrize("repeats", [1, 3])
 @pytest.mark.parametrize("replicas", [1, 2, 5])
-def test_an_order_is_shared_and_resumed(replicas, repeats):
+def test_sampler_splits_an_epoch_over_ranks_and_resumes_within_it(replicas, repeats):
     length = 31
     parts = [list(TrainingSampler(range(length), replicas, rank, seed=7, repeats=repeats)) for rank in range(replicas)]
     assert {len(part) for part in parts} == {-(-length // replicas)}
@@ -293,10 +300,11 @@ def test_an_order_is_shared_and_resumed(replicas, repeats):
     order.set_epoch(3)
     assert order.start == 4
     order.set_epoch(4)
-    assert [key[1:3] for key in order] == [(7, 4)] * len(order), "the next epoch is whole"
+    assert [key[1:3] for key in order] == [(7, 4)] * len(order), "the next epoch is complete"
 
 
-def test_a_full_disk_is_told_and_the_checkpoint_before_is_kept(tmp_path):
+@pytest.mark.slow
+def test_full_disk_keeps_the_previous_checkpoint(tmp_path):
     words = [*BOXES, "--data.train_size=8", "--data.num_workers=0", "--trainer.max_epochs=1"]
     main(words)
     last = tmp_path / "runs/version_0/checkpoints/last.ckpt"
@@ -311,22 +319,23 @@ import sys
 sys.argv = ["shunted-lit", *{words!r}, "--trainer.max_epochs=2", "--ckpt_path=last"]
 command()
 """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert found.returncode == 2, found.stderr
-    told = found.stderr.strip().splitlines()[-1]
-    assert "last.ckpt: a checkpoint of " in told or "best.ckpt: a checkpoint of " in told
-    assert "File too large" in told
-    assert "the one before it is as it was" in told
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    message = done.stderr.strip().splitlines()[-1]
+    assert re.search(r"(last|best)\.ckpt: cannot write a checkpoint of \d+ MB", message)
+    assert "File too large" in message
+    assert "trainer.default_root_dir" in message
+    assert "the previous checkpoint is kept" in message
     assert last.read_bytes() == before
     assert not list(last.parent.glob(".*"))
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
-def test_last_is_the_newest_training_run(caplog):
+def test_ckpt_path_last_resumes_the_newest_training_run(caplog):
     words = [*BOXES, "--data.train_size=4", "--data.val_size=4", "--data.num_workers=0", "--trainer.max_epochs=1"]
     with caplog.at_level("WARNING"):
         main([*words, "--ckpt_path=last"])
-    assert "no last.ckpt of a run yet, so a new one begins" in caplog.text
+    assert "no last.ckpt of a run yet; starting a new run" in caplog.text
     main(words)
     main(["validate", "--ckpt_path=runs/version_0/checkpoints/last.ckpt"])
     assert [path.name for path in sorted(Path("runs").iterdir())] == ["version_0", "version_1", "version_2"]
@@ -339,14 +348,18 @@ def test_last_is_the_newest_training_run(caplog):
     assert find_last_run(Path("elsewhere")) is None
 
 
-def test_last_is_written_where_nothing_got_better(monkeypatch):
+def test_last_checkpoint_is_written_without_improvement(monkeypatch):
     monkeypatch.setattr(RunCheckpoint, "check_monitor_top_k", lambda self, trainer, current: self.best_model_path == "")
     main([*BOXES, "--data.train_size=8", "--data.num_workers=0", "--trainer.max_epochs=3"])
     assert steps(Path("runs/version_0/checkpoints/last.ckpt")) == 6
     assert steps(Path("runs/version_0/checkpoints/best.ckpt")) == 2
 
 
+def test_run_folders_are_created_in_order(tmp_path):
+    assert [create_run_folder(tmp_path / "runs").name for _ in range(3)] == ["version_0", "version_1", "version_2"]
+
+
 @pytest.mark.parametrize("setting", ["last_every_n_steps=0", "last_every_n_minutes=-1"])
-def test_intervals_that_are_none_are_told(setting):
-    with pytest.raises((ValueError, SystemExit)):
+def test_invalid_checkpoint_intervals_are_rejected(setting):
+    with pytest.raises(ValueError, match=rf"`checkpoint.{setting.partition('=')[0]}` must be above 0, got"):
         main([*BOXES, "--data.train_size=4", f"--checkpoint.{setting}"])
