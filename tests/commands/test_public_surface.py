@@ -42,7 +42,8 @@ def arguments(thing):
         parser = ArgumentParser()
         parser.add_class_arguments(thing)
         return list(vars(parser.get_defaults()))
-    return [name for name in inspect.signature(thing).parameters if name not in ("self", "keywords", "options")]
+    parameters = inspect.signature(thing).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
 
 
 def surface():
