@@ -82,8 +82,10 @@ def present_classes(targets: Iterable[Target]) -> list[int]:
     """Return the sorted classes that occur in targets."""
     labels: set[int] = set()
     for target in targets:
-        is_map = not isinstance(target, dict)
-        labels |= {*target.unique().tolist()} - {IGNORED} if is_map else {*target["labels"].tolist()}
+        if isinstance(target, dict):
+            labels |= {*target["labels"].tolist()}
+        else:
+            labels |= {*target.unique().tolist()} - {IGNORED}
     return sorted(labels)
 
 
