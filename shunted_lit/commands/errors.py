@@ -113,7 +113,8 @@ def explain_type_error(key: str, message: str, reasons: list[str]) -> str:
     """Return one line for a value that has none of the types of its argument."""
     if missing := re.search(r"Expected a dot import path string: (.*)", message):
         return f"`{key}`: there is no class {missing[1]!r}{suggest_class(missing[1])}"
-    expected, choices = [], []
+    expected: list[str] = []
+    choices: list[str] = []
     for reason in reasons:
         name = re.match(r"(?:Expected a|Not of type) ([^:]+?)(?:: .*|\. Got value: .*)?$", reason)
         words = TYPES.get(name[1], f"a {name[1]}".replace("typing.", "")) if name else reason
