@@ -164,9 +164,8 @@ def test_imagenet_configs_hold_the_recipe():
         assert (images["auto_augment"], images["color_jitter"], images["repeats"]) == ("rand-m9-mstd0.5-inc1", 0.4, 3)
 
 
-@pytest.mark.parametrize(
-    "variant", ["shunted_t", *(pytest.param(name, marks=pytest.mark.slow) for name in ("shunted_s", "shunted_b"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["shunted_t", "shunted_s", "shunted_b"])
 def test_imagenet_configs_run_at_small_sizes(variant, few):
     small = [f"--data.root={few}", "--data.image_size=32", "--data.batch_size=8", "--data.num_workers=0"]
     cli, folder = fit(
@@ -264,6 +263,7 @@ def test_drop_path_reaches_the_blocks():
     assert max(rates) == pytest.approx(0.2)
 
 
+@pytest.mark.slow
 def test_checkpoints_hold_averaged_weights(few):
     """EMAWeightAveraging keeps the mean of the weights, validates it and writes it to checkpoints."""
     averaging = ["--trainer.callbacks+=EMAWeightAveraging", "--trainer.callbacks.decay=0.5"]
@@ -366,6 +366,7 @@ def test_a_checkpoint_of_another_task_is_refused(few, short_run, tmp_path):
         fit(*small_run(few, f"--ckpt_path={tmp_path}/t.pth"))
 
 
+@pytest.mark.slow
 def test_a_saved_config_validates_without_the_initial_weights(few, short_run):
     start = Path(shutil.copy(short_run / "checkpoints/best.ckpt", "start.ckpt"))
     _, folder = fit(*small_run(few, f"--model.weights={start}"))
@@ -383,7 +384,7 @@ def test_class_names_may_hold_any_characters(folder):
     assert (run / "predictions.png").is_file()
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_low_precision_trains(few, precision):
     _, folder = fit(*small_run(few, f"--trainer.precision={precision}"))
     assert np.isfinite(read_metric(folder, "train/loss")).all()

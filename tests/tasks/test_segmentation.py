@@ -157,7 +157,7 @@ def small_task(**keywords):
     return SegmentationTask(**{**defaults, **keywords})
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 48}, {"short_side": 48}])
+@pytest.mark.parametrize("options", [{}, pytest.param({"window": 48}, marks=pytest.mark.slow), {"short_side": 48}])
 def test_predictions_do_not_depend_on_the_batch(options):
     model = small_task(**options).eval()
     images = [torch.rand(3, 64, 64), torch.rand(3, 64, 128), torch.rand(3, 96, 64)]
