@@ -54,6 +54,7 @@ class Segmenter(nn.Module):
     a quarter of its size are upsampled and cropped to it.
 
     The paper uses the heads of mmsegmentation. Those of segmentation_models_pytorch differ:
+
     - fpn: no 3x3 convolution after each pyramid level (2.4 M parameters fewer), GroupNorm instead of BatchNorm,
       dropout 0.2 instead of 0.1, aligned corners when maps are doubled;
     - upernet: a LayerNorm on each level first, no dropout; as wide as published with `decoder_channels=512`;

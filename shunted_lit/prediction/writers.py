@@ -236,11 +236,13 @@ WRITERS: Mapping[str, type[Writer]] = {"boxes": BoxWriter, "masks": BoxWriter, "
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes the files of each image once it is predicted, and tables and a summary at the end.
+    """Write the files of each image once it is predicted, and tables and a summary at the end.
 
-    Boxes and masks: pictures/*.png, labels/*.txt (YOLO), classes.txt, predictions.json (COCO). Label maps:
-    pictures/*.png, masks/*.png, classes.txt. Classes: pictures/*.png, predictions.csv. The same images and checkpoint
-    give the same files, byte for byte.
+    - Boxes and masks: `pictures/*.png`, `labels/*.txt` (YOLO), `classes.txt`, `predictions.json` (COCO).
+    - Label maps: `pictures/*.png`, `masks/*.png`, `classes.txt`.
+    - Classes: `pictures/*.png`, `predictions.csv`.
+
+    The same images and checkpoint give the same files, byte for byte.
 
     Images are divided into chunks, which devices share and `out/.chunks` keeps until all are done: after an
     interruption the same command resumes, with any number of devices.
