@@ -65,7 +65,7 @@ HIDDEN_WARNINGS = (
 )
 
 
-class HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """Keep the line breaks of examples."""
 
 
@@ -212,7 +212,6 @@ def run_trainer(args: Sequence[str]) -> ShuntedCLI:
             "description": description,
             "epilog": f"examples:\n  {examples}\n\n--config takes YAML files with the same names; later values replace "
             "earlier ones. --model.help=CLASS and\n--data.help=CLASS list the arguments of a task or data module.",
-            "formatter_class": HelpFormatter,
             "usage": f"shunted-lit {name} [--config FILE] [arguments]",
         }
         for name, (description, examples) in HELP.items()
@@ -224,7 +223,12 @@ def run_trainer(args: Sequence[str]) -> ShuntedCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},  # the folder is new, and a resumed run has config_resumed.yaml
-        parser_kwargs={"prog": "shunted-lit", "description": "Train, evaluate and predict.", **subcommands},
+        parser_kwargs={
+            "prog": "shunted-lit",
+            "description": "Train, evaluate and predict.",
+            "formatter_class": HelpFormatter,
+            **subcommands,
+        },
         parser_class=TrainerParser,
         auto_configure_optimizers=False,
         args=list(args),
