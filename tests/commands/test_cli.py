@@ -89,7 +89,7 @@ def test_run_folder_has_config_metrics_checkpoints_and_pictures():
     image = [torch.rand(3, 128, 128)]
     torch.testing.assert_close(task(image), cli.model.eval()(image))
     assert task.class_names == ["circle", "triangle", "square", "star", "cross"]
-    with pytest.raises(ValueError, match=r"holds necks on the levels \['5'\], and level is 4"):
+    with pytest.raises(ValueError, match=r"`level` must be one of \['5'\], the levels with a neck, got 4"):
         ShuntedTransformer.from_checkpoint(path, level=4)
 
 
@@ -282,9 +282,9 @@ def test_damaged_image_ends_in_one_line_and_exit_code_2(folder, tmp_path, worker
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--model.neck.num_heads=3"], "512 channels .* 3 heads"),
+        (["--model.neck.num_heads=3"], "got 3 heads and 512 channels"),
         (["--model.detector_options={foo: 1}"], "fcos .* foo"),
-        (["--model.min_size=1024"], "min_size.* 1024 .*max_size"),
+        (["--model.min_size=1024"], r"`min_size` must be between 1 and `max_size` \(96\), got 1024; lower it or raise"),
         (["--model.min_size=0"], "min_size.* 0"),
         (["--model.neck={mlp_ratios: -1}"], "-1 .*512"),
         (["--model.neck={depth: many}"], "depth.*'?many'?"),

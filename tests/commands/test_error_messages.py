@@ -264,5 +264,5 @@ def test_truncated_checkpoint_is_rejected(tmp_path):
     file = tmp_path / "a.ckpt"
     torch.save({"weight": torch.rand(1000)}, file)
     file.write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"a\.ckpt: not a readable checkpoint \(it is cut off\)"):
+    with pytest.raises(ValueError, match=r"a\.ckpt: not a readable checkpoint \(it is truncated\)"):
         read_checkpoint(file)

@@ -123,7 +123,7 @@ def test_fine_tuning_starts_from_weights_with_other_classes(short_run, folder, c
     settings = ["--model.layer_decay=0.7", "--model.lr=1e-9", "--model.min_lr=0"]
     with caplog.at_level("INFO"):
         cli, run = fit(*small_run(folder, *settings, f"--model.weights={best}"))
-    assert "the head, as the file has one of other classes" in caplog.text
+    assert "not loaded: the head (the file has other classes)" in caplog.text
     trained = torch.load(best, weights_only=True)["state_dict"]
     for name, value in cli.model.model.named_parameters():
         assert name.startswith("head.") or torch.allclose(value, trained[f"model.{name}"], atol=1e-5), name
@@ -294,7 +294,7 @@ def test_any_timm_model_is_a_backbone():
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"backbone": "shunted_x"}, "timm has no model 'shunted_x'; close names: shunted_"),
+        ({"backbone": "shunted_x"}, "`backbone` must be a timm model, got 'shunted_x'; close names: shunted_"),
         ({"label_smoothing": 1.5}, "`label_smoothing` must be between 0 and 1, got 1.5"),
         ({"mixup": -1.0}, "`mixup` must be at least 0, got -1.0"),
         ({"lr_batch": 0}, "`lr_batch` must be at least 1, got 0"),
@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_task_is_refused(few, short_run, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint is of ClassificationTask, not of DetectionTask"):
         fit(f"--config={ROOT / 'configs/neck.yaml'}", f"--ckpt_path={short_run}/checkpoints/last.ckpt")
     torch.save(reference_weights(CASES["shunted_t"]), tmp_path / "t.pth")
-    with pytest.raises(ValueError, match=r"t\.pth holds no run to go on with; --model\.weights may start from it"):
+    with pytest.raises(ValueError, match=r"t\.pth holds no run to resume; pass it as --model\.weights to start from its weights"):
         fit(*small_run(few, f"--ckpt_path={tmp_path}/t.pth"))
 
 
@@ -402,11 +402,11 @@ def write(path, content):
     ("content", "message"),
     [
         (b"", "not a readable checkpoint"),
-        (b"<html>", "is no checkpoint, and is not loaded"),
+        (b"<html>", "is not a checkpoint; it is not loaded, because such files can run code"),
         (torch.zeros(3), "holds no weights by name"),
         ({}, "holds no weights by name"),
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear, which is more than weights, and is not loaded"),
-        ({"fc.weight": torch.zeros(3, 4)}, "no Shunted Transformer's"),
+        (torch.nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, which is more than weights; it is not loaded"),
+        ({"fc.weight": torch.zeros(3, 4)}, "not those of a Shunted Transformer"),
     ],
 )
 def test_files_without_weights_are_refused(content, message, tmp_path):

@@ -165,8 +165,8 @@ def test_evaluation_may_change_evaluation_settings_only(trained, caplog):
         cli = main(["validate", *words, "--model.short_side=null", "--model.window=32", "--model.lr=0.5"])
     assert cli.model.evaluation == {"short_side": None, "window": 32, "stride": None}
     assert cli.model.optim.lr == 0.001
-    assert "model.window is 32; in training it was" in caplog.text
-    assert "model.lr is 0.001, as in the checkpoint, not 0.5" in caplog.text
+    assert "`model.window` is 32; in training it was" in caplog.text
+    assert "`model.lr` is 0.001 as in the checkpoint, not 0.5" in caplog.text
     with pytest.raises((ValueError, SystemExit), match="`window` must be at least 1, got 0"):
         main(["test", *words, "--model.window=0"])
 
@@ -253,7 +253,7 @@ def test_data_with_other_annotations_are_refused(system, data, message):
 def test_predict_reports_what_is_missing(trained, pictures):
     checkpoint = f"--ckpt_path={trained('imagenet/shunted_t')}/checkpoints/last.ckpt"
     images = f"--data.images={pictures}"
-    with pytest.raises(ValueError, match="predict needs trained weights: name a checkpoint by --ckpt_path"):
+    with pytest.raises(ValueError, match="predict needs trained weights; pass a checkpoint with --ckpt_path"):
         main(["predict", images])
     with pytest.raises(ValueError, match="predict needs images: name one, or a folder of them, by --data"):
         main(["predict", checkpoint])

@@ -255,7 +255,7 @@ def test_head_lr_scales_the_rate_of_decoder_and_head():
         ({"decoder": "unet"}, "`decoder` must be one of fpn, segformer, upernet, got 'unet'"),
         ({"decoder_options": {"channels": 3}}, "fpn has no option channels; choose from .*pyramid_channels"),
         ({"num_classes": 1}, "`num_classes` must be at least 2, got 1"),
-        ({"neck": SMALL_NECK, "neck_levels": [6]}, "neck_levels names level 6"),
+        ({"neck": SMALL_NECK, "neck_levels": [6]}, r"`neck_levels` must be among `levels` \[2, 3, 4, 5\], got level 6"),
         ({"window": 0}, "`window` must be at least 1, got 0"),
         ({"short_side": 0}, "`short_side` must be at least 1, got 0"),
         ({"window": 32, "window_stride": 64}, r"`window_stride` must be at most `window` \(32\), got 64"),

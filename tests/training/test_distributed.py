@@ -118,7 +118,7 @@ def test_fewer_images_than_ranks_are_rejected():
     data = ShapesDataModule(val_size=1, num_workers=0)
     data.trainer = SimpleNamespace(world_size=2, global_rank=1)
     data.dataset("val")
-    with pytest.raises(ValueError, match="1 images for 2 devices"):
+    with pytest.raises(ValueError, match="2 devices need as many images, got 1; use fewer devices"):
         data.val_dataloader()
 
 
