@@ -159,7 +159,7 @@ def test_fit_reports_all_damaged_headers_before_training(folder):
     assert not list(Path("runs").glob("*/metrics.csv"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_damaged_training_images_are_skipped_and_reported(folder, workers, caplog):
     (folder / "images/train/000003.png").write_bytes(b"no image")
     for i in (5, 6):
@@ -225,6 +225,7 @@ def test_size_from_header_respects_exif_orientation(folder, suffix, orientation)
     assert read_size(path) == read_image(path).size
 
 
+@pytest.mark.slow
 def test_worker_logs_reach_the_terminal(folder, capfd, monkeypatch):
     truncate(folder / "images/train/000006.png")
     monkeypatch.setattr(logging.root, "handlers", [])

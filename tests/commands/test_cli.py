@@ -93,12 +93,14 @@ def test_run_folder_has_config_metrics_checkpoints_and_pictures():
         ShuntedTransformer.from_checkpoint(path, level=4)
 
 
+@pytest.mark.slow
 def test_second_run_gets_a_new_folder_and_equal_seeds_equal_metrics():
     first, second = (fit(*QUICK, "--trainer.max_epochs=1")[1] for _ in range(2))
     assert (first.name, second.name) == ("version_0", "version_1")
     assert metrics(first, "train/loss") == metrics(second, "train/loss"), "equal seeds, equal runs"
 
 
+@pytest.mark.slow
 def test_default_root_dir_and_other_loggers(tmp_path):
     _, folder = fit(
         *QUICK, "--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'here'}",
@@ -115,6 +117,7 @@ def test_fast_dev_run_writes_no_files():
     assert not Path("runs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "necks"),
     [
@@ -133,6 +136,7 @@ def test_backbone_and_neck_combine_freely(change, necks):
     DetectionTask.load_from_checkpoint(folder / "checkpoints/best.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_frozen_backbone_trains_only_neck_and_head():
     cli, folder = fit(*QUICK, "--trainer.max_epochs=1", "--model.freeze_backbone=true")
     start = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)
@@ -155,6 +159,7 @@ def test_resuming_by_path_continues_in_a_new_folder():
     assert len(metrics(second, "val/map")) == 1, "only the third epoch ran"
 
 
+@pytest.mark.slow
 def test_weight_decay_skips_norms_and_biases_and_rate_follows_schedule():
     cli, _ = fit(
         *QUICK, "--data.batch_size=4", "--trainer.max_epochs=2", "--model.warmup_epochs=0.5", "--model.lr=0.01"
@@ -193,6 +198,7 @@ def test_resumed_run_follows_its_longer_schedule():
     assert metrics(second, "lr-AdamW/pg1") == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_settings_that_a_checkpoint_overrides_are_reported(caplog):
     _, first = fit(*QUICK, "--trainer.max_epochs=1")
     resumed, _ = fit(*QUICK, "--trainer.max_epochs=2", "--model.lr=0.5", f"--ckpt_path={first}/checkpoints/last.ckpt")

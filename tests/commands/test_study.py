@@ -142,7 +142,11 @@ def test_runs_of_another_config_or_other_options_are_rejected(monkeypatch):
         (["[empty]"], "`configs` must name YAML files .*; there are none in empty"),
         (["[configs, configs/with.yaml]"], "two are called with; rename one"),
         (["[configs]", "--seeds=0"], "`seeds` must be at least 1, got 0"),
-        (["[configs/with.yaml]", "--seeds=1", "--options=[--model.lr=-1]"], r"training failed: .*log\.txt"),
+        pytest.param(
+            ["[configs/with.yaml]", "--seeds=1", "--options=[--model.lr=-1]"],
+            r"training failed: .*log\.txt",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_wrong_arguments_are_reported(arguments, message):

@@ -130,7 +130,7 @@ def test_a_compressed_checkpoint_is_refused():
             packed.writestr(entry.filename, plain.read(entry))
     assert Path("packed.ckpt").stat().st_size * 100 < Path("plain.ckpt").stat().st_size
     assert read_checkpoint("plain.ckpt")["weight"].numel() == 2**20
-    with pytest.raises(ValueError, match=r"packed.ckpt: not a checkpoint; it is not loaded, because compressed files can grow to any size"):
+    with pytest.raises(ValueError, match=r"packed.ckpt: not a checkpoint; it is not loaded, .* can grow to any size"):
         read_checkpoint("packed.ckpt")
 
 

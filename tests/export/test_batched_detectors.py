@@ -49,7 +49,7 @@ def test_batched_detector_equals_torchvision(name):
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        ("fcos", "torch_export"),
+        pytest.param("fcos", "torch_export", marks=pytest.mark.slow),
         pytest.param("fcos", "openvino", marks=pytest.mark.slow),
         pytest.param("retinanet", "onnx", marks=pytest.mark.slow),
     ],

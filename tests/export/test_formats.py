@@ -22,7 +22,7 @@ from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTas
 
 @pytest.mark.parametrize(
     "format",  # openvino converts the file that onnx writes
-    [pytest.param("onnx", marks=pytest.mark.slow), "openvino", pytest.param("torch_export", marks=pytest.mark.slow)],
+    [pytest.param("onnx", marks=pytest.mark.slow), "openvino", "torch_export"],
 )
 def test_neck_runs_at_sizes_that_were_not_checked(format, capsys):
     case = CASES["neck_small_sr4"]
@@ -98,7 +98,7 @@ def test_reference_weights_in_safetensors_load_by_timm(tmp_path):
     [
         pytest.param("fpn", "onnx", marks=pytest.mark.slow),
         pytest.param("upernet", "openvino", marks=pytest.mark.slow),
-        ("segformer", "torch_export"),
+        pytest.param("segformer", "torch_export", marks=pytest.mark.slow),
     ],
 )
 def test_segmenter_equals_pytorch(decoder, format):

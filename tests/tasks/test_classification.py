@@ -362,7 +362,7 @@ def test_a_checkpoint_of_another_task_is_refused(few, short_run, tmp_path):
     with pytest.raises(ValueError, match="the checkpoint is of ClassificationTask, not of DetectionTask"):
         fit(f"--config={ROOT / 'configs/neck.yaml'}", f"--ckpt_path={short_run}/checkpoints/last.ckpt")
     torch.save(reference_weights(CASES["shunted_t"]), tmp_path / "t.pth")
-    with pytest.raises(ValueError, match=r"t\.pth holds no run to resume; pass it as --model\.weights to start from its weights"):
+    with pytest.raises(ValueError, match=r"t\.pth holds no run to resume; pass it as --model\.weights"):
         fit(*small_run(few, f"--ckpt_path={tmp_path}/t.pth"))
 
 

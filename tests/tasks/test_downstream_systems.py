@@ -192,7 +192,8 @@ def test_scores_of_absent_sizes_are_not_numbers(trained, capsys):
 
 
 @pytest.mark.parametrize(
-    "system", [pytest.param("coco/mask_rcnn_shunted_t", marks=pytest.mark.slow), "ade20k/fpn_shunted_t"]
+    "system",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("coco/mask_rcnn_shunted_t", "ade20k/fpn_shunted_t")],
 )
 def test_precision_averaging_and_checkpointing_are_set_in_yaml(system):
     Path("more.yaml").write_text(
@@ -255,7 +256,9 @@ def test_predict_reports_what_is_missing(trained, pictures):
     images = f"--data.images={pictures}"
     with pytest.raises(ValueError, match="predict needs trained weights; pass a checkpoint with --ckpt_path"):
         main(["predict", images])
-    with pytest.raises(ValueError, match="predict needs images: name one, or a folder of them, by --data"):
+    with pytest.raises(
+        ValueError, match="predict needs images; pass an image or a folder of images with --data.images"
+    ):
         main(["predict", checkpoint])
     with pytest.raises(ValueError, match=r"none\.ckpt: no such file"):
         main(["predict", images, "--ckpt_path=none.ckpt"])
