@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Size = tuple[int, int]  # height and width of a map of tokens
+Method = Callable[..., Any]
 
 SMALL_ATTENTION = 2**24  # attention weights (32 MB in bfloat16) up to which plain products beat fused attention
-WIDE = 2**21  # elements of a tensor from which recomputing saves more memory than its bookkeeping costs in time
+WIDE = 2**21  # elements of a block's tokens from which recomputing is worth its bookkeeping
 
 
 def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
@@ -101,9 +102,9 @@ def residual_depthwise_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor 
     fused = False if torch.jit.is_scripting() else can_fuse_gelu(x)
     if fused:
         return convolve_and_gelu(x, size, weight, bias)
-    # One name, so that no map is kept longer than needed: these are the widest of the network.
     x = to_tokens(F.conv2d(to_image(x, size), weight, bias, padding=1, groups=channels))
-    return F.gelu(x)
+    in_place = False if torch.jit.is_scripting() else can_overwrite(x)
+    return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
 
 
 def can_fuse_gelu(x: Tensor) -> bool:
@@ -118,6 +119,15 @@ def can_fuse_gelu(x: Tensor) -> bool:
     return plain and has_kernels and bool(torch.backends.mkldnn.enabled)
 
 
+def can_overwrite(x: Tensor) -> bool:
+    """Return whether an operator may write its result over its input: eagerly, without gradients.
+
+    The maps of the feed-forward layers are the widest of the network: one less decides how large an image may be.
+    """
+    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return type(x) is Tensor and not torch.is_grad_enabled() and not compiling
+
+
 @torch.jit.unused
 def convolve_and_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Run a depthwise 3x3 convolution and GELU as one oneDNN operator, the one that torch.compile uses."""
@@ -126,32 +136,41 @@ def convolve_and_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor | None
     return to_tokens(run(to_image(x, size), weight, bias, [1, 1], [1, 1], [1, 1], x.shape[2], "gelu", [], "none"))
 
 
-def should_recompute(x: Tensor) -> bool:
+def should_recompute(x: Tensor, width: int) -> bool:
     """Return whether a step with input `x` is run again in the backward pass rather than keeping its results.
+
+    `width` is the number of channels of `x`, relative to the tokens of the block.
 
     Only on CPUs: on an NVIDIA H100 the bookkeeping made a training step slower than the reference implementation's.
     Compilers decide on their own what to keep, and a symbolic trace (where `x` is no Tensor) has no backward pass.
     """
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.is_cpu and x.numel() >= WIDE
+    eager = torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.is_cpu
+    return eager and x.numel() >= width * WIDE
 
 
-def recompute_in_backward(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a method whose first argument is a tensor: where `should_recompute`, keep only its inputs.
+def recompute_in_backward(width: int) -> Callable[[Method], Method]:
+    """Decorate a method of tokens and their size, (x, size): where `should_recompute`, keep only its inputs.
 
     The results inside the method are computed again in the backward pass (activation checkpointing), which saves the
     memory of the network's widest maps for about 4 % of a training step.
+
+    Args:
+        width: channels of `x`, relative to the tokens of the block.
     """
     decide, run, partial = should_recompute, checkpoint, functools.partial
 
-    def wrapper(self: Any, x: Tensor, *args: Any) -> Tensor:
-        if decide(x):
-            return run(partial(method, self), x, *args, use_reentrant=False)
-        inputs = [x]
-        del x  # else this frame would keep the map while `method` runs
-        return method(self, inputs.pop(), *args)
+    def decorate(method: Method) -> Method:
+        def wrapper(self: Any, x: Tensor, size: Size) -> Any:
+            if decide(x, width):
+                return run(partial(method, self), x, size, use_reentrant=False)
+            inputs = [x]
+            del x  # else this frame would keep the map while `method` runs
+            return method(self, inputs.pop(), size)
 
-    # TorchScript compiles the source of `method`, which it finds by `__wrapped__`, with the globals of the wrapper: so
-    # the wrapper gets those of `method`.
-    own = FunctionType(wrapper.__code__, method.__globals__, method.__name__, None, wrapper.__closure__)
-    return functools.wraps(method)(own)
+        # TorchScript compiles the source of `method`, which it finds by `__wrapped__`, with the globals of the wrapper:
+        # so the wrapper gets those of `method`.
+        own = FunctionType(wrapper.__code__, method.__globals__, method.__name__, None, wrapper.__closure__)
+        return functools.wraps(method)(own)
+
+    return decorate

@@ -101,16 +101,17 @@ class ShuntedHeads(PlainHeads):
         """Merge patches: tokens (B, N, C) -> an image (B, C, ceil(H / r), ceil(W / r))."""
         return self.sr(ops.pad_to_multiple(ops.to_image(x, size), self.ratio))
 
-    @ops.recompute_in_backward
-    def keys_and_values(self, merged: Tensor) -> Tensor:
-        """Norm, GELU and projection of Eq. 2: merged tokens (B, n, C) -> (B, n, 2 * heads * d)."""
-        return self.kv(F.gelu(self.norm(merged)))
+    @ops.recompute_in_backward(width=1)
+    def keys_and_values(self, merged: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        """Eq. 2 after aggregation: merged tokens (B, n, C) of `size` -> keys and values, each (B, n, heads * d)."""
+        k, v = self.kv(F.gelu(self.norm(merged))).chunk(2, dim=-1)
+        return k, v + self.enhance(v, size)
 
     def forward(self, q: Tensor, x: Tensor, size: Size) -> Tensor:
         """Queries (B, N, heads * d) and tokens (B, N, C) -> (B, N, heads * d)."""
         image = self.aggregate(x, size)
-        k, v = self.keys_and_values(ops.to_tokens(image)).chunk(2, dim=-1)
-        return self.attend(q, k, v + self.enhance(v, (image.shape[2], image.shape[3])))
+        k, v = self.keys_and_values(ops.to_tokens(image), (image.shape[2], image.shape[3]))
+        return self.attend(q, k, v)
 
 
 class ShuntedSelfAttention(nn.Module):
@@ -178,7 +179,7 @@ class DetailSpecificFeedForward(nn.Module):
         """Tokens (B, N, C) of `size` (H, W) -> the same shape."""
         return self.drop(self.add_detail_and_project(self.fc1(x), size))
 
-    @ops.recompute_in_backward
+    @ops.recompute_in_backward(width=4)
     def add_detail_and_project(self, h: Tensor, size: Size) -> Tensor:
         """(B, N, hidden) -> (B, N, C)."""
         h = ops.residual_depthwise_gelu(h, size, self.dwconv.weight, self.dwconv.bias)

@@ -150,13 +150,13 @@ def test_frozen_backbone_trains_only_neck_and_head():
 
 
 def test_resuming_by_path_continues_in_a_new_folder():
-    steps = [*QUICK, "--data.batch_size=8"]
-    _, first = fit(*steps, "--trainer.max_epochs=2")
-    resumed, second = fit(*steps, "--trainer.max_epochs=3", f"--ckpt_path={first}/checkpoints/last.ckpt")
+    steps = [*QUICK, "--data.train_size=8", "--data.val_size=2", "--data.batch_size=4"]
+    _, first = fit(*steps, "--trainer.max_epochs=1")
+    resumed, second = fit(*steps, "--trainer.max_epochs=2", f"--ckpt_path={first}/checkpoints/last.ckpt")
     assert first != second
-    assert resumed.trainer.current_epoch == 3
-    assert resumed.trainer.global_step == 12
-    assert len(metrics(second, "val/map")) == 1, "only the third epoch ran"
+    assert resumed.trainer.current_epoch == 2
+    assert resumed.trainer.global_step == 4
+    assert len(metrics(second, "val/map")) == 1, "only the second epoch ran"
 
 
 @pytest.mark.slow
@@ -214,10 +214,10 @@ def test_mixed_precision_with_clipping():
 
 @pytest.mark.parametrize("subcommand", [pytest.param("validate", marks=pytest.mark.slow), "test"])
 def test_evaluation_needs_a_checkpoint(subcommand):
-    _, first = fit(*QUICK, "--trainer.max_epochs=1")
+    _, first = fit(*QUICK, "--data.train_size=8", "--data.val_size=4", "--data.batch_size=4", "--trainer.max_epochs=1")
     with pytest.raises(ValueError, match="needs trained weights; pass a checkpoint with --ckpt_path"):
         main([subcommand, *QUICK])
-    cli = main([subcommand, *QUICK, f"--ckpt_path={first}/checkpoints/best.ckpt"])
+    cli = main([subcommand, *QUICK, "--data.val_size=4", f"--ckpt_path={first}/checkpoints/best.ckpt"])
     stage = {"validate": "val", "test": "test"}[subcommand]
     assert metrics(Path(cli.trainer.log_dir), f"{stage}/map") == pytest.approx(metrics(first, "val/map")[-1:], abs=1e-6)
 

@@ -65,7 +65,8 @@ def test_local_enhancement_equals_its_formulas():
         shared = {k: v for k, v in heads["before"].state_dict().items() if "local_conv" not in k}
         some.load_state_dict(shared, strict=False)
     q = torch.randn(2, 30, 8)
-    k, v = heads["none"].keys_and_values(heads["none"].aggregate(x, size).flatten(2).transpose(1, 2)).chunk(2, -1)
+    merged = heads["none"].aggregate(x, size)
+    k, v = heads["none"].keys_and_values(merged.flatten(2).transpose(1, 2), merged.shape[2:])
     bare = heads["none"].attend(q, k, v)
     torch.testing.assert_close(heads["none"](q, x, size), bare)
     image = bare.transpose(1, 2).unflatten(2, size)

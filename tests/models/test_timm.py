@@ -162,7 +162,11 @@ def truncate(weights):
     ("change", "message"),
     [
         (truncate, r"1(60|58) missing \(.*; \.\.\.\)\. 100 of these 100 tensors would fit shunted_t; to leave out"),
-        (lambda _: reference_weights(CASES["shunted_s"]), r"unexpected \(.*would fit shunted_s"),
+        pytest.param(
+            lambda _: reference_weights(CASES["shunted_s"]),
+            r"unexpected \(.*would fit shunted_s",
+            marks=pytest.mark.slow,
+        ),
         (lambda _: timm.create_model("resnet18").state_dict(), "not those of a Shunted Transformer"),
         (lambda _: reference_weights(CASES["neck_small_sr2"]), "not those of a Shunted Transformer"),
     ],

@@ -111,6 +111,7 @@ def test_safetensors_of_a_detector_load(tmp_path):
     assert not changed_tensors(DetectionTask(2, weights=str(file), **SMALL), weights)
 
 
+@pytest.mark.slow
 def test_fit_from_weights_is_a_new_run_with_a_new_optimizer():
     args = ["fit", "--model=DetectionTask", "--data=ShapesDataModule", "--data.train_size=8", "--data.val_size=2",
              "--data.size=32", "--data.num_workers=0", "--data.batch_size=4", "--model.min_size=32",
