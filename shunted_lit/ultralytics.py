@@ -224,7 +224,9 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
     content = insert_neck(base, after, neck)
     for family in ("-world", "yoloe", "rtdetr"):
         if family in Path(base).stem and family not in out.stem:
-            raise ValueError(f"{out} must have {family!r} in its name, which tells Ultralytics the family; rename it.")
+            raise ValueError(
+                f"{out} must have {family!r} in its name, from which Ultralytics derives the family; rename it."
+            )
     scale, out_scale = next(iter(content.get("scales") or {}), ""), tasks.guess_model_scale(out)
     if scale and out_scale and out_scale != scale:
         raise ValueError(f"{out} must have the scale of {base} in its name, {scale!r}, got {out_scale!r}; rename it.")
@@ -247,7 +249,7 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck:
 
 
 def is_neck(layer: nn.Module) -> bool:
-    """Return whether a layer of a YOLO is the neck, or several necks in a row."""
+    """Return whether a YOLO layer is a neck, or a sequence that starts with one."""
     return isinstance(layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer, ShuntedTransformer)
 
 

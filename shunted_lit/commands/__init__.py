@@ -49,7 +49,8 @@ COMMANDS = {
     for command in (
         Command("fit", TRAIN, "Train a model, or resume a run.", "shunted_lit.commands.fit:fit"),
         Command("validate", TRAIN, "Evaluate a checkpoint on validation data.", "shunted_lit.commands.fit:validate"),
-        Command("test", TRAIN, "Evaluate a checkpoint on test data.", "shunted_lit.commands.fit:test"),
+        Command("test", TRAIN, "Evaluate a checkpoint like validate; log its scores as test/.",
+                "shunted_lit.commands.fit:test"),
         Command("study", TRAIN, "Train several configs with several seeds and compare the scores.",
                 "shunted_lit.commands.study:study", True),
         Command("predict", PREDICT, "Predict images with a checkpoint and write pictures, labels and tables.",

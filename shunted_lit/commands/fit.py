@@ -45,7 +45,7 @@ HELP = {
         "shunted-lit validate --ckpt_path runs/version_0/checkpoints/best.ckpt",
     ),
     "test": (
-        "Evaluate a checkpoint on the test split. Task and data are taken from the checkpoint.",
+        "Evaluate a checkpoint like validate; log its scores as test/. Task and data are taken from the checkpoint.",
         "shunted-lit test --ckpt_path runs/version_0/checkpoints/best.ckpt",
     ),
     "predict": (

@@ -149,7 +149,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def remove_damaged_shards(out: Path, description: Mapping[str, Any]) -> None:
-    """Prepare a folder with shards for resuming: remove those of a wrong size.
+    """Prepare a folder with shards for resuming: remove shards of a wrong size.
 
     Raises:
         ValueError: the shards are of other data.

@@ -91,7 +91,7 @@ class BaseDataModule(LightningDataModule):
         self.resumed: dict[str, int] = {}  # seed, epoch and batches of a checkpoint
 
     def choose_annotation(self, annotation: str | None) -> None:
-        """Set `annotation`, where it is not None. Raise ValueError where the data module does not offer it."""
+        """Set `annotation`; None selects the first of `offers`. Raise ValueError if `offers` lacks it."""
         if annotation is not None and annotation not in self.offers:
             raise ValueError(
                 f"`annotation` of {type(self).__name__} must be {' or '.join(self.offers)}, got {annotation!r}; choose "

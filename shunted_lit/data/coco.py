@@ -116,7 +116,7 @@ def read_categories(file: Path, content: dict[str, Any]) -> dict[int, str]:
     categories = index_by_id(file, "categories", content["categories"], check, "name")
     check.report(file)
     if not categories:
-        raise ValueError(f"{file}: categories is empty; at least one is needed.")
+        raise ValueError(f"{file}: `categories` must have at least one entry, got none.")
     names = {number: str(categories[number]["name"]) for number in sorted(categories)}
     if repeated := find_repeated(names.values()):
         raise ValueError(f"{file}: categories has the name {repeated[0]!r} twice.")

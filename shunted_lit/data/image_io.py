@@ -65,7 +65,7 @@ def read_image(path: Path | str, content: bytes | None = None) -> Image.Image:
         if upright.mode.startswith(("I", "F")):  # 16 bits per pixel or more, which PIL would clip to white
             pixels = np.asarray(upright, dtype=np.float64)
             if not (pixels.size and pixels.min() >= 0 and pixels.max() < 2**16) or upright.mode == "F":
-                raise ValueError(f"mode {upright.mode}: 8 or 16 bits per pixel are supported")
+                raise ValueError(f"the image must have 8 or 16 bits per pixel, got mode {upright.mode}; convert it")
             if upright.mode.startswith("I;16") or pixels.max() > 255:
                 pixels /= 257
             upright = Image.fromarray(pixels.astype(np.uint8))

@@ -137,7 +137,7 @@ class MaskFolderDataModule(LabelMapDataModule):
         }
         self.class_names = read_class_names(base / "classes.txt") if names is None else list(names)
         if not 2 <= len(self.class_names) <= IGNORED:
-            raise ValueError(f"`names` must be 2 to {IGNORED} names, got {len(self.class_names)}.")
+            raise ValueError(f"`names` must hold 2 to {IGNORED} names, got {len(self.class_names)}.")
 
 
 class ADE20KDataModule(LabelMapDataModule):
@@ -166,7 +166,10 @@ class ADE20KDataModule(LabelMapDataModule):
 
     @classmethod
     def read_object_info(cls, file: Path) -> list[str]:
-        """Read the first name of each class from lines `Idx Ratio Train Val Stuff Name`; numbers without the file."""
+        """Read the first name of each class from lines `Idx Ratio Train Val Stuff Name`.
+
+        Without the file, warn and return the numbers from 0 as names.
+        """
         if not file.is_file():
             log.warning("%s: no such file; the classes are named by their numbers, from 0", file)
             return [str(number) for number in range(cls.CLASSES)]
@@ -231,7 +234,7 @@ class LabelMapDataset(Dataset[Any]):
             shown = ", ".join(f"{value} ({count} pixels)" for value, count in zip(wrong[:5], counts, strict=False))
             raise DamagedError(
                 f"{mask}: has {len(wrong)} values that are no class: {shown}; {self.first_class} to {last_class} are "
-                f"classes, {IGNORED}{' and 0 are' if self.first_class else ' is'} no class."
+                f"classes, {IGNORED}{' and 0 are' if self.first_class else ' is'} no class; correct the mask."
             )
         is_class = (values >= self.first_class) & (values != IGNORED)
         label_map = np.where(is_class, values - self.first_class, IGNORED).astype(np.uint8)

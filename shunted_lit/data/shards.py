@@ -2,7 +2,7 @@
 
 The format is WebDataset's, so that other tools read the shards as well, with an `index.json` that holds the number of
 images in each. Images are read by that index instead of as a stream. Order and augmentation therefore depend on seed,
-epoch and position as for folders, whatever the number of workers, and a run resumes in mid-epoch.
+epoch and position as for folders, for any number of workers, and a run resumes in mid-epoch.
 """
 
 import contextlib
@@ -165,7 +165,7 @@ class Shards:
                 self.cache.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ValueError(
-                    f"{self.cache}: cannot be created ({error.strerror}); choose a folder with `cache`."
+                    f"{self.cache}: cannot be created ({error.strerror}); choose another folder for `cache`."
                 ) from error
             with FileLock(file.with_suffix(".lock")):
                 if not file.is_file():
@@ -267,7 +267,7 @@ class Shards:
         return os.pread(descriptor, size, offset), values
 
     def shuffle(self, generator: torch.Generator) -> Tensor:
-        """Return all images in random order, where images nearby come from about `window` shards."""
+        """Return all image indices in random order, such that consecutive images come from about `window` shards."""
         rank = torch.randperm(len(self.counts), generator=generator).argsort()
         places = rank.repeat_interleave(self.counts) + self.window * torch.rand(len(self), generator=generator)
         return places.argsort()

@@ -139,7 +139,7 @@ def find_orphans(images: list[Path], label_files: list[Path], check: LabelCheck)
     folders = {label.parent: image.parent for image, label in zip(images, label_files, strict=True)}
     for labels, pictures in sorted(folders.items()):
         if labels == pictures or not labels.is_dir():
-            continue  # text files beside images may be anything
+            continue  # text files next to images may be anything
         stems = {path.stem for path in pictures.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
         for file in sorted(labels.glob("*.txt")):
             if file.stem not in stems and file.name != "classes.txt":

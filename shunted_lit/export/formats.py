@@ -1,4 +1,4 @@
-"""Export formats: how a program is written, how the written file is run, and the comparison of both with PyTorch."""
+"""Export formats: write a program to a file, run the file, and compare its outputs with PyTorch's."""
 
 import functools
 import importlib.util

@@ -85,7 +85,7 @@ class Candidate:
     options: Any = field(default=None, hash=False)
 
     def build(self) -> nn.Module:
-        """Create the network, with equal weights at each call.
+        """Create the network with the same initial weights at each call.
 
         Raises:
             ValueError: an unknown name, module or factory, or a factory that does not return a module.
@@ -212,7 +212,7 @@ def time_interleaved(steps: Mapping[Key, Step], rounds: int, device: str, title:
 
 
 def compare(candidates: Sequence[Candidate], rounds: int, device: str, memory: bool, title: str) -> list[Row]:
-    """Measure candidates against each other and against a large matrix product.
+    """Time candidates in interleaved rounds, with a large matrix product as the yardstick.
 
     Returns:
         A row per candidate. `ratio` is its speed relative to the first candidate, as the median of the rounds' ratios.

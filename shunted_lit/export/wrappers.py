@@ -37,7 +37,7 @@ class DynamicAvgPool2d(nn.Module):
         return self.bin_weights(x, x.shape[-2]) @ x @ self.bin_weights(x, x.shape[-1]).T
 
     def bin_weights(self, x: Tensor, size: int) -> Tensor:
-        """Return the weight of each row (or column) in the mean of each bin: (count, size), rows sum to 1."""
+        """Return a (count, size) matrix: row i holds the weight of each input row (or column) in the mean of bin i."""
         position, bins = (torch.arange(n, device=x.device) for n in (size, self.count))
         first, last = bins * size // self.count, ((bins + 1) * size + self.count - 1) // self.count
         inside = ((position >= first[:, None]) & (position < last[:, None])).to(x.dtype)

@@ -231,11 +231,11 @@ def build_detector(
 
 
 def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-    """Return predictions that do not depend on the other images: only images of one size share a batch.
+    """Predict each image independently of the others, by batching only images of equal size.
 
-    torchvision pads the images of a batch to the largest one, and global attention sees the padding: a 128 x 128 image
-    in a batch with one of 128 x 256 changes the maps of a backbone by up to 14 %. The padding of a single size, to a
-    multiple of 32, depends on nothing else.
+    torchvision pads a batch to its largest image, and global attention sees the padding: a backbone's maps of a 128 x
+    128 image change by up to 14 % when it shares a batch with a 128 x 256 image. In a batch of equal sizes, the padding
+    depends only on that size.
 
     Args:
         detector: Result of `build_detector`, in evaluation mode.

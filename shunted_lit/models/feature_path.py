@@ -1,4 +1,4 @@
-"""The feature path: maps of any timm backbone, with the neck on the levels that ask for it.
+"""The feature path: maps of any timm backbone, with necks on selected levels.
 
 A level is named by its stride: level l has stride 2 ** l, so levels 3, 4, 5 are C3, C4, C5 of the detection literature.
 """

@@ -1,8 +1,8 @@
-"""Tensor operations behind the architecture, and the only place that asks how and where the code runs.
+"""Tensor operations behind the architecture, and the only place that depends on how and where the code runs.
 
-Each fast path stands beside the plain formula it replaces; the tests compare the two. Questions such as "is this being
-scripted, traced, compiled, in inference mode, on which processor?" belong here, so that `shunted.py` reads like the
-paper.
+Each fast path stands next to the plain formula that it replaces; the tests compare the two. Questions such as "is this
+being scripted, traced, compiled, in inference mode, on which processor?" belong here, so that `shunted.py` reads like
+the paper.
 
 Tokens are (B, H * W, C), contiguous, and carry their `size` (H, W). That is the memory layout of a channels_last
 (B, C, H, W) image, so `to_image` and `to_tokens` are views and nothing is copied.
@@ -26,7 +26,7 @@ WIDE = 2**21  # elements of a block's tokens from which recomputing is worth its
 
 
 def factory_keywords(device: Any, dtype: Any) -> dict[str, Any]:
-    """Return the keywords that are not None: not every `norm_layer` knows `device` and `dtype`."""
+    """Return the keywords that are not None: not every `norm_layer` accepts `device` and `dtype`."""
     return {key: value for key, value in {"device": device, "dtype": dtype}.items() if value is not None}
 
 
@@ -82,7 +82,7 @@ torch.fx.wrap("attention")
 
 
 def is_plain_attention_faster(q: Tensor, k: Tensor) -> bool:
-    """Return whether two matrix products beat torch's fused attention: bfloat16 on a CPU, small maps."""
+    """Return whether two matrix products beat torch's fused attention: bfloat16 on a CPU, few weights."""
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # sizes are symbols there
     if exporting or not q.is_cpu or q.dtype != torch.bfloat16:
         return False
@@ -96,7 +96,7 @@ def residual_depthwise_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor 
     The residual costs nothing: it is a 1 in the centre of each kernel.
     """
     channels = x.shape[2]
-    if torch.jit.is_tracing():  # torch's TorchScript-based ONNX exporter needs a weight that is not computed
+    if torch.jit.is_tracing():  # torch's TorchScript-based ONNX exporter needs a parameter as weight
         return F.gelu(x + to_tokens(F.conv2d(to_image(x, size), weight, bias, padding=1, groups=channels)))
     weight = weight + F.pad(weight.new_ones([1, 1, 1, 1]), [1, 1, 1, 1])
     fused = False if torch.jit.is_scripting() else can_fuse_gelu(x)
@@ -115,14 +115,14 @@ def can_fuse_gelu(x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_inference_mode_enabled():
         return False
     plain = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
-    has_kernels = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN's kernels for these dtypes
+    has_kernels = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN fuses these dtypes only there
     return plain and has_kernels and bool(torch.backends.mkldnn.enabled)
 
 
 def can_overwrite(x: Tensor) -> bool:
     """Return whether an operator may write its result over its input: eagerly, without gradients.
 
-    The maps of the feed-forward layers are the widest of the network: one less decides how large an image may be.
+    The maps of the feed-forward layers are the widest of the network: one copy less allows larger images.
     """
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return type(x) is Tensor and not torch.is_grad_enabled() and not compiling
@@ -139,7 +139,7 @@ def convolve_and_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor | None
 def should_recompute(x: Tensor, width: int) -> bool:
     """Return whether a step with input `x` is run again in the backward pass rather than keeping its results.
 
-    `width` is the number of channels of `x`, relative to the tokens of the block.
+    `width` is the ratio of the channels of `x` to those of the block.
 
     Only on CPUs: on an NVIDIA H100 the bookkeeping made a training step slower than the reference implementation's.
     Compilers decide on their own what to keep, and a symbolic trace (where `x` is no Tensor) has no backward pass.
@@ -150,15 +150,15 @@ def should_recompute(x: Tensor, width: int) -> bool:
 
 
 def recompute_in_backward(width: int) -> Callable[[Method], Method]:
-    """Decorate a method of tokens and their size, (x, size): where `should_recompute`, keep only its inputs.
+    """Decorate a method of tokens and their size, (x, size): if `should_recompute`, keep only its inputs.
 
     The results inside the method are computed again in the backward pass (activation checkpointing), which saves the
-    memory of the network's widest maps for about 4 % of a training step.
+    memory of the network's widest maps and makes a training step about 4 % slower.
 
     Args:
-        width: channels of `x`, relative to the tokens of the block.
+        width: ratio of the channels of `x` to those of the block.
     """
-    decide, run, partial = should_recompute, checkpoint, functools.partial
+    decide, run, partial = should_recompute, checkpoint, functools.partial  # for `wrapper`, which gets other globals
 
     def decorate(method: Method) -> Method:
         def wrapper(self: Any, x: Tensor, size: Size) -> Any:

@@ -1,4 +1,4 @@
-"""Segmenters: a feature path, a decoder of segmentation_models_pytorch, and a class for each pixel."""
+"""Segmenters: a feature path and a decoder of segmentation_models_pytorch, which return logits for each pixel."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence

@@ -10,8 +10,8 @@ Shapes: tokens are (B, N, C) with N = H * W, and their `size` (H, W) goes with t
 
 Where this departs from the reference implementation (same weights, and equal results wherever the reference keeps all
 tokens): maps that a ratio does not divide are padded with zeros at the right and bottom, where the reference drops the
-last rows and columns; any tuple of ratios works, where the reference knows four settings; attention matrices are never
-held in memory.
+last rows and columns; any tuple of ratios works, where the reference supports four settings; large attention matrices
+are not held in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,7 +31,7 @@ from shunted_lit.models.timm_registry import TimmBackbone
 from shunted_lit.models.weights import NeckWeights, init_weights
 from shunted_lit.utils.checks import check_fraction, check_minimum
 
-# The reference implementation's `sr_ratio`, one number a stage, in terms of the ratios r_i of the head groups.
+# The reference implementation's `sr_ratio`, one number per stage, in terms of the ratios r_i of the head groups.
 SR_RATIOS = {8: (8, 4), 4: (4, 2), 2: (2, 1), 1: (1,)}
 
 
@@ -50,13 +50,13 @@ def parse_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
 
 
 class PlainHeads(nn.Module):
-    """Attention heads that see every token: all heads of a stage with r = 1 (stage 4 of Table 1).
+    """Plain attention heads, which see every token: for `ratios` (1,) alone (stage 4 of Table 1).
 
     As in the reference implementation, local enhancement is added here to the output of attention, not to the values:
     released weights depend on it. There is no aggregation, so neither a norm nor a GELU.
     """
 
-    ratio: int = 1  # r: r x r tokens share a key
+    ratio: int = 1  # r: one key per r x r tokens
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, *, qkv_bias: bool, scale: float, attn_drop: float,
                  **dd):  # fmt: skip
@@ -120,7 +120,7 @@ class ShuntedSelfAttention(nn.Module):
     Args:
         dim: channels C.
         num_heads: heads in total; must divide `dim` and be a multiple of the number of ratios.
-        ratios: ratio r_i of each head group, in any order; (1,) alone is plain attention (`PlainHeads`).
+        ratios: ratio r_i of each head group; (1,) alone is plain attention. The weights follow their order.
         qkv_bias: whether queries, keys and values have a bias.
         qk_scale: factor on the products of queries and keys; head_dim ** -0.5 by default.
         attn_drop: dropout rate of the attention weights.
@@ -130,7 +130,8 @@ class ShuntedSelfAttention(nn.Module):
         dd: `device` and `dtype` of the parameters.
 
     Raises:
-        ValueError: numbers that do not divide, a ratio below 1, a rate outside 0..1.
+        ValueError: `num_heads` does not divide `dim`, or is not a multiple of the number of ratios; a ratio is below 1,
+            or a rate outside 0..1.
     """
 
     def __init__(self, dim: int, num_heads: int, ratios: Sequence[int] = (2, 1), *, qkv_bias: bool = True,
@@ -262,7 +263,7 @@ class PaddedConv2d(nn.Conv2d):
 
 
 class Stem(nn.Module):
-    """Patch embedding of stage 1 (Sec. 3.2): 7x7 of stride 2, `num_conv` times 3x3 (by model size), 2x2 of stride 2."""
+    """Patch embedding of stage 1 (Sec. 3.2): 7x7 of stride 2, `num_conv` of 3x3 (by model size), 2x2 of stride 2."""
 
     stride = 4
 
@@ -290,7 +291,7 @@ class Stage(nn.Module):
         super().__init__()
         self.cin = cin
         self.grad_checkpointing = False
-        self.layer_scale: nn.Module | None = None  # the neck may have one
+        self.layer_scale: nn.Module | None = None  # set by `ShuntedTransformer`
         self.patch_embed = patch_embed
         self.block = nn.ModuleList(Block(dim, config, rate, **dd) for rate in drop_path)
         self.norm = config.norm_layer(dim)
@@ -305,7 +306,7 @@ class Stage(nn.Module):
             else:
                 x = block(x, size)
         out = ops.to_image(self.norm(x), size)
-        return out if self.layer_scale is None else self.layer_scale(out) + image  # in this order: channels_last
+        return out if self.layer_scale is None else self.layer_scale(out) + image  # this order keeps channels_last
 
 
 class ShuntedTransformer(NeckWeights, Stage):
@@ -324,13 +325,13 @@ class ShuntedTransformer(NeckWeights, Stage):
         drop_rate: dropout rate after each projection.
         attn_drop_rate: dropout rate of the attention weights.
         drop_path_rate: stochastic depth, rising from 0 at the first block to this rate at the last.
-        norm_layer: called with the channels; norms of blocks and output.
+        norm_layer: called with the channels; norms of blocks and output, not those of patch embedding and aggregation.
         sr_ratios: the reference's shorthand for `ratios`: 8 is (8, 4), 4 is (4, 2), 2 is (2, 1), 1 plain attention.
         ratios: ratio r_i of each head group, any number of them; replaces `sr_ratios`.
         aggregation, local_enhancement, feed_forward: ablation variants by name (see `ablations.py`); the paper's are
             "conv", "before" and "detail".
         layer_scale: None for the reference's neck. A number adds the input: x + gamma * neck(x), with one factor gamma
-            a channel that starts at this number (LayerScale, Touvron et al., arXiv 2103.17239). 0 is an identity
+            per channel that starts at this number (LayerScale, Touvron et al., arXiv 2103.17239). 0 is an identity
             initialization: a trained detector keeps its outputs until training changes them.
         device, dtype: of the parameters.
 
@@ -338,7 +339,8 @@ class ShuntedTransformer(NeckWeights, Stage):
         (B, cin, H, W) -> (B, cin, H, W), any floating dtype, H and W from 1 up; channels_last in memory.
 
     Raises:
-        ValueError: numbers that do not divide, values out of range; in `forward`, an input of another shape.
+        ValueError: `num_heads` does not divide `cin`, or is not a multiple of the number of ratios; a value is out of
+            range; in `forward`, an input of another shape.
     """
 
     def __init__(self, cin: int = 512, depth: int = 3, img_size: int = 40, *, num_heads: int = 2,
@@ -348,7 +350,7 @@ class ShuntedTransformer(NeckWeights, Stage):
                  ratios: Sequence[int] | None = None, aggregation: str = "conv", local_enhancement: str = "before",
                  feed_forward: str = "detail", layer_scale: float | None = None,
                  device=None, dtype=None):  # fmt: skip
-        from shunted_lit.models import ablations  # builds on this module
+        from shunted_lit.models import ablations  # here, because it imports this module
 
         check_minimum(1, depth=depth)
         check_fraction(drop_path_rate=drop_path_rate)
@@ -361,7 +363,7 @@ class ShuntedTransformer(NeckWeights, Stage):
         )  # fmt: skip
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
         super().__init__(cin, cin, PatchEmbed(cin, cin, stride=1, **dd), drop_path=rates, config=config, **dd)
-        self.variants = variants
+        self.variants = variants  # `shunted-lit export` stores them with the weights
         if layer_scale is not None:
             self.layer_scale = LayerScale2d(cin, layer_scale, **dd)
         self.apply(init_weights)
@@ -398,8 +400,8 @@ class ShuntedBackbone(TimmBackbone):
         a quarter of that with the stem "patch16".
 
     Raises:
-        ValueError: settings with different numbers of stages, numbers that do not divide, values out of range; in
-            `forward`, an input of another shape.
+        ValueError: settings with different numbers of stages, heads that do not divide the channels, values out of
+            range; in `forward`, an input of another shape.
     """
 
     def __init__(self, in_chans: int = 3, num_classes: int = 1000, global_pool: str = "avg", *,
@@ -411,13 +413,13 @@ class ShuntedBackbone(TimmBackbone):
                  aggregation: str = "conv", local_enhancement: str = "before", feed_forward: str = "detail",
                  norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),  # noqa: B008 - immutable
                  device=None, dtype=None):  # fmt: skip
-        from shunted_lit.models import ablations  # builds on this module
+        from shunted_lit.models import ablations  # here, because it imports this module
 
         super().__init__()
         counts = [len(setting) for setting in (dims, depths, num_heads, mlp_ratios, ratios)]
         if len(set(counts)) > 1:
             raise ValueError(
-                f"dims, depths, num_heads, mlp_ratios, ratios need one entry a stage, got {counts} entries."
+                f"dims, depths, num_heads, mlp_ratios, ratios must have one entry per stage, got {counts} entries."
             )
         check_minimum(1, in_chans=in_chans)
         check_minimum(0, num_classes=num_classes, num_conv=num_conv)

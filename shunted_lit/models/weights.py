@@ -108,24 +108,29 @@ def from_reference_names(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_reference_names(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Rename the reference's parameters in place; a hook of `load_state_dict`, wherever the module sits."""
+    """Rename the reference's parameters in `state_dict` in place.
+
+    A pre-hook of `load_state_dict`, so that it also works inside a larger model.
+    """
     own = {key[len(prefix) :]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
     state_dict.update({prefix + name: value for name, value in from_reference_names(own).items()})
 
 
 def infer_neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Infer the keywords of `ShuntedTransformer` from a neck's weights: all but `num_heads` and `qk_scale`.
+    """Infer the keywords of `ShuntedTransformer` from a neck's weights.
 
-    With a `layer_scale`, its starting value is unknown and 0 stands for it: the weights replace it.
+    `num_heads`, `qk_scale`, `norm_layer` and ablation variants cannot be inferred. If the neck has a layer scale,
+    `layer_scale` is 0: the initial value is unknown, and loading replaces it.
     """
     cin = len(weights["patch_embed.proj.weight"])
-    groups = sorted(name for name in weights if re.fullmatch(r"block\.0\.attn\.groups\.\d+\.sr\.weight", name))
+    pattern = re.compile(r"block\.0\.attn\.groups\.(\d+)\.sr\.weight")
+    groups = sorted((int(match[1]), name) for name in weights if (match := pattern.fullmatch(name)))
     return {
         "cin": cin,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("block.")}),
         "mlp_ratios": len(weights["block.0.mlp.fc1.weight"]) / cin,
         "qkv_bias": "block.0.attn.q.bias" in weights,
-        "ratios": tuple(weights[name].shape[-1] for name in groups) or (1,),
+        "ratios": tuple(weights[name].shape[-1] for _, name in groups) or (1,),
         **({"layer_scale": 0.0} if "layer_scale.gamma" in weights else {}),
     }
 

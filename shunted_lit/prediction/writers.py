@@ -319,7 +319,7 @@ class PredictionWriter(BasePredictionWriter):
             self.chunks.release()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the tables; no earlier hook is called when all chunks were complete, and the progress bar is closed."""
+        """Write the tables once all chunks are complete; Lightning calls no earlier hook if no image is left."""
         trainer.strategy.barrier()
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""The base class of tasks whose network stands on a feature path: detection and segmentation."""
+"""The base class of tasks whose network is built on a feature path: detection and segmentation."""
 
 import functools
 import logging

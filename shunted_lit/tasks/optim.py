@@ -80,7 +80,7 @@ class OptimizerConfig:
 
 
 class ResumableLambdaLR(LambdaLR):
-    """LambdaLR whose learning rates are those of the current settings, also after it has loaded a checkpoint.
+    """LambdaLR that keeps the learning rates of the current settings when it loads a checkpoint.
 
     A run resumed with more epochs or another batch size follows its own schedule, not that of its checkpoint.
     """

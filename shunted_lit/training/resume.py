@@ -37,14 +37,14 @@ class ResumePlan:
 
 
 def plan_resume(subcommand: str, config: Namespace) -> ResumePlan:
-    """Read the checkpoint that a command names, if any.
+    """Return the checkpoint that a command loads and the run that it resumes, if any.
 
     Args:
         subcommand: "fit", "validate", "test" or "predict".
         config: parsed arguments of the command.
 
     Raises:
-        ValueError: evaluation without a checkpoint, a file that holds no run, or a run of another task.
+        ValueError: evaluation without a checkpoint, a file that is not a Lightning checkpoint, or one of another task.
     """
     checkpoint, run_folder = config.ckpt_path, None
     if checkpoint == "last" and subcommand == "fit":

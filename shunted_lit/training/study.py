@@ -20,8 +20,8 @@ class StudyRun:
 
     Args:
         config: the YAML file.
-        seed: of all random numbers.
-        folder: of the run; holds `origin.json`, and `done.json` with the scores once the run is finished.
+        seed: seed of all random number generators.
+        folder: run folder; holds `origin.json`, and `done.json` with the scores once the run is finished.
         options: further arguments of the command line.
     """
 

@@ -45,7 +45,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
 
 
 def check_keywords(what: str, keywords: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raise ValueError where `function` has no such keyword, or annotates it with another type.
+    """Raise ValueError unless `function` accepts each keyword, with a value of the annotated type.
 
     Args:
         what: name of the thing that takes the keywords, for messages.

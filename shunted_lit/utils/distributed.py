@@ -1,4 +1,4 @@
-"""Values that the ranks (processes) of a distributed run exchange, besides gradients."""
+"""Values that the ranks (processes) of a distributed run exchange in addition to gradients."""
 
 from collections.abc import Mapping
 from typing import Any

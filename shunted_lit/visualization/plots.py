@@ -27,7 +27,7 @@ from shunted_lit.utils.labels import IGNORED
 Target = dict[str, Any] | Tensor  # `boxes`, `labels`, perhaps `scores` and `masks` (n, H, W); or a label map (H, W)
 
 MIN_SCORE = 0.3  # lowest score of the predicted boxes that are drawn
-MAX_OVERLAP = 0.5  # IoU above which only the better of two boxes is drawn, whatever their classes
+MAX_OVERLAP = 0.5  # IoU above which only the better of two boxes of any class is drawn
 OPACITY = 0.6  # of masks and label maps over their image
 MIN_SIDE = 480  # pixels of the longer side below which an image is enlarged, so that text on it can be read
 FONT = findfont("DejaVu Sans")  # comes with matplotlib

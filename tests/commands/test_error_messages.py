@@ -56,7 +56,7 @@ class DamagedDataset(torch.utils.data.Dataset):
     (lambda: batch_detector(nn.Identity()), "Detectors that can be exported are FCOS, .*, got Identity"),
     (lambda: Segmenter("fpn", FeaturePath("resnet18", levels=[3, 4, 5]), 3), r"levels \[2, 3, 4, 5\], got \[3, 4, 5\]"),
     (lambda: ShuntedSelfAttention(64, 2, attn_drop=1.5), "`attn_drop` must be between 0 and 1, got 1.5"),
-    (lambda: ShuntedBackbone(dims=(64,)), r"one entry a stage, got \[1, 4, 4, 4, 4\] entries"),
+    (lambda: ShuntedBackbone(dims=(64,)), r"one entry per stage, got \[1, 4, 4, 4, 4\] entries"),
     (lambda: ShuntedBackbone().forward_intermediates(torch.rand(1, 3, 32, 32), output_fmt="NLC"),
      "`output_fmt` must be one of NCHW, got 'NLC'"),
     (lambda: RunReport(-1), "`report.images` must be at least 0, got -1"),
@@ -110,7 +110,7 @@ def test_invalid_categories_are_rejected(categories, message, tmp_path):
 
 def test_floating_point_images_are_rejected(tmp_path):
     Image.fromarray(np.ones((4, 4), dtype=np.float32)).save(tmp_path / "a.tif")
-    with pytest.raises(DamagedError, match=r"a\.tif: not a readable image \(mode F: 8 or 16 bits per pixel are "):
+    with pytest.raises(DamagedError, match=r"a\.tif: not a readable image \(.* 8 or 16 bits per pixel, got mode F"):
         read_image(tmp_path / "a.tif")
 
 

@@ -534,6 +534,6 @@ def test_a_server_without_a_listing_reports_no_missing_shards(shards, tmp_path):
         assert data.dataset("val")[0][1] in range(3)
         (tmp_path / "file").write_text("")
         data = ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path / "file"))
-        with pytest.raises(ValueError, match=r"cannot be created .*; choose a folder with `cache`"):
+        with pytest.raises(ValueError, match=r"cannot be created .*; choose another folder for `cache`"):
             data.dataset("val")[0]
         server.shutdown()

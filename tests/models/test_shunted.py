@@ -340,7 +340,7 @@ def test_inputs_of_another_shape_are_refused(shape):
 
 
 def test_invalid_backbones_are_refused():
-    with pytest.raises(ValueError, match=r"one entry a stage, got \[4, 4, 3, 4, 4\] entries"):
+    with pytest.raises(ValueError, match=r"one entry per stage, got \[4, 4, 3, 4, 4\] entries"):
         ShuntedBackbone(num_heads=(2, 4, 8))
     with pytest.raises(ValueError, match=r"`global_pool` must be one of .*avg.* got 'attention'"):
         ShuntedBackbone(global_pool="attention")
