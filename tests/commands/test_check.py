@@ -198,6 +198,7 @@ def test_damaged_image_without_skipping_is_an_error(folder):
         main([*FIT])
 
 
+@pytest.mark.slow
 def test_headers_are_read_once_per_run_and_only_on_request(folder, monkeypatch):
     seen = []
     monkeypatch.setattr("shunted_lit.data.detection.read_size", lambda path: seen.append(path) or (64, 64))

@@ -302,6 +302,7 @@ def test_invalid_settings_are_rejected(args, message):
         fit(*QUICK, *args)
 
 
+@pytest.mark.slow
 def test_run_without_logger_keeps_existing_config():
     Path("config.yaml").write_text("mine: 1")
     main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false"])

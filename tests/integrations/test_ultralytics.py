@@ -77,6 +77,7 @@ def test_oldest_version_matches_pyproject():
     assert f'"ultralytics>={adapter.OLDEST}"' in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_checkpoint_loads_in_a_process_that_imports_only_ultralytics(with_neck):
     output = run_yolo(with_neck / "neck.pt", "model.model[11].__class__")
     assert "result: <class 'shunted_lit.ultralytics.ShuntedTransformer'>" in output
@@ -296,6 +297,7 @@ def write_and_compare(name, trained):
     return written, expected
 
 
+@pytest.mark.slow
 def test_yoloe_keeps_its_class_embeddings():
     trained = YOLO("yoloe-26n.yaml")
     trained.model.set_classes(["hat", "cat"], torch.randn(1, 2, 512))
@@ -313,12 +315,14 @@ def test_yolo_world_keeps_its_text_features():
     assert written.names == {0: "hat", 1: "cat"}
 
 
+@pytest.mark.slow
 def test_rtdetr_gets_the_neck_after_its_own_attention():
     written, _ = write_and_compare("rtdetr-l", RTDETR("rtdetr-l.yaml"))
     assert adapter.is_neck(build_layers("rtdetr-l-neck.yaml")[12])
     assert adapter.is_neck(written.model.model[12])
 
 
+@pytest.mark.slow
 def test_neck_trained_by_fit_is_loaded():
     task = DetectionTask(num_classes=2, neck={"depth": 1, "num_heads": 4}, neck_levels=[4], pyramid_channels=32)
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)

@@ -20,7 +20,6 @@ from torchvision.models.detection import RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.feature_extraction import create_feature_extractor
-from transformers import AutoBackbone, TimmBackboneConfig, UperNetConfig, UperNetForSemanticSegmentation
 
 from shunted_lit import ShuntedBackbone, ShuntedTransformer
 
@@ -244,7 +243,9 @@ def tiny_t():
     return timm.create_model("shunted_t", num_classes=5).eval()
 
 
-@pytest.mark.parametrize("decoder", ["FPN", "UPerNet", "Segformer"])
+@pytest.mark.parametrize(
+    "decoder", ["FPN", *(pytest.param(name, marks=pytest.mark.slow) for name in ("UPerNet", "Segformer"))]
+)
 def test_segmentation_models_pytorch(decoder):
     model = getattr(smp, decoder)(encoder_name="tu-shunted_t", encoder_weights=None, classes=4)
     out = model(torch.randn(2, 3, 64, 96))
@@ -266,6 +267,8 @@ def test_torchvision_pyramid_and_retinanet():
 
 
 def test_transformers_backbone_and_upernet():
+    from transformers import AutoBackbone, TimmBackboneConfig, UperNetConfig, UperNetForSemanticSegmentation
+
     config = TimmBackboneConfig(backbone="shunted_t", out_indices=[0, 1, 2, 3])
     maps = AutoBackbone.from_config(config)(torch.randn(1, 3, 64, 96)).feature_maps
     assert [tuple(x.shape[1:]) for x in maps] == [(64, 16, 24), (128, 8, 12), (256, 4, 6), (512, 2, 3)]

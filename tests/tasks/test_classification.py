@@ -377,6 +377,7 @@ def test_a_saved_config_validates_without_the_initial_weights(few, short_run):
     )
 
 
+@pytest.mark.slow
 def test_class_names_may_hold_any_characters(folder):
     for split in ("train", "val"):
         (folder / split / "1").rename(folder / split / "$1_a_b$")
@@ -384,6 +385,7 @@ def test_class_names_may_hold_any_characters(folder):
     assert (run / "predictions.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [pytest.param("bf16-true", marks=pytest.mark.slow), "bf16-mixed"])
 def test_low_precision_trains(few, precision):
     _, folder = fit(*small_run(few, f"--trainer.precision={precision}"))

@@ -43,7 +43,7 @@ SYSTEMS = {
 }
 
 
-FAST = ("coco/retinanet_shunted_t", "coco/mask_rcnn_shunted_t", "ade20k/upernet_shunted_t", "imagenet/shunted_t")
+FAST = ("coco/mask_rcnn_shunted_t", "ade20k/upernet_shunted_t", "imagenet/shunted_t")
 FAST_AND_SLOW = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
 
 
@@ -171,6 +171,7 @@ def test_evaluation_may_change_evaluation_settings_only(trained, caplog):
         main(["test", *words, "--model.window=0"])
 
 
+@pytest.mark.slow
 def test_evaluation_may_change_single_detector_options(trained, capsys):
     folder = trained("coco/mask_rcnn_shunted_t")
     words = [f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"]
@@ -181,7 +182,7 @@ def test_evaluation_may_change_single_detector_options(trained, capsys):
 
 
 def test_scores_of_absent_sizes_are_not_numbers(trained, capsys):
-    folder = trained("coco/retinanet_shunted_t")
+    folder = trained("coco/mask_rcnn_shunted_t")
     main(["validate", f"--ckpt_path={folder}/checkpoints/last.ckpt", "--trainer.accelerator=cpu"])
     rows = {line.split("│")[1].strip(): line for line in capsys.readouterr().out.splitlines() if "val/" in line}
     assert "no such object" in rows["val/map_large"], "shapes of 64 pixels"
@@ -271,6 +272,7 @@ def test_predict_reports_what_is_missing(trained, pictures):
         main(["predict", images, "--ckpt_path=foreign.ckpt"])
 
 
+@pytest.mark.slow
 def test_short_side_of_training_and_evaluation_may_differ(tmp_path):
     write_scenes(tmp_path / "set", train=4, val=2, size=64)
     words = ["--data=MaskFolderDataModule", f"--data.root={tmp_path / 'set'}", "--data.crop_size=64"]

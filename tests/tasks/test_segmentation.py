@@ -286,6 +286,7 @@ def test_docstrings_name_every_argument(kind):
         assert f"        {stars}{name}: " in kind.__doc__, f"{kind.__name__} does not document {name}"
 
 
+@pytest.mark.slow
 def test_validation_writes_its_own_table_of_classes_though_training_was_better():
     fit("--trainer.max_epochs=1", "--model=SegmentationTask", "--model.backbone=test_resnet",
           "--model.decoder=fpn", "--data=ShapesDataModule", "--data.size=64", "--data.train_size=4",

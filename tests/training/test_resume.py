@@ -331,6 +331,7 @@ command()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
+@pytest.mark.slow
 def test_ckpt_path_last_resumes_the_newest_training_run(caplog):
     words = [*BOXES, "--data.train_size=4", "--data.val_size=4", "--data.num_workers=0", "--trainer.max_epochs=1"]
     with caplog.at_level("WARNING"):
@@ -348,6 +349,7 @@ def test_ckpt_path_last_resumes_the_newest_training_run(caplog):
     assert find_last_run(Path("elsewhere")) is None
 
 
+@pytest.mark.slow
 def test_last_checkpoint_is_written_without_improvement(monkeypatch):
     monkeypatch.setattr(RunCheckpoint, "check_monitor_top_k", lambda self, trainer, current: self.best_model_path == "")
     main([*BOXES, "--data.train_size=8", "--data.num_workers=0", "--trainer.max_epochs=3"])
