@@ -163,4 +163,4 @@ class CommandParser(ArgumentParser):
             prog = f"shunted-lit {required[1]}" if required[1] else prog
             message = f"required arguments are missing: {message[required.end() :].replace(f'{required[1]}.', '')}"
         hint = "" if message.endswith("?") or ".help=" in message else f"; see `{prog} --help`."
-        self.exit(2, f"{program_name()}: error: {message}{hint}\n")
+        self.exit(2, f"{program_name()}: error: {message.rstrip('.') if hint else message}{hint}\n")
