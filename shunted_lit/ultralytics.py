@@ -204,7 +204,8 @@ def check_necks(base: str, content: Mapping[str, Any], positions: Sequence[int],
             ShuntedTransformer(shape[1], **keywords, device="meta")
 
 
-def write_yaml(base: str, out: Path, after: int | list[int] | None = None, neck: dict[str, Any] | None = None) -> None:
+def write_yaml(base: str, out: Path, after: int | list[int] | None = None, *,
+               neck: dict[str, Any] | None = None) -> None:  # fmt: skip
     """Write a model YAML for Ultralytics: one of the installed package with the neck inserted.
 
     Args:
@@ -293,7 +294,7 @@ def take_head(model: Any, base: Any) -> None:
         vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
 
 
-def write_weights(model: Path, out: Path, base: str | None = None, neck: str | None = None,
+def write_weights(model: Path, out: Path, *, base: str | None = None, neck: str | None = None,
                   layer: int | None = None, level: int | None = None) -> None:  # fmt: skip
     """Write a checkpoint to fine-tune: a model YAML with the weights of its base, of a trained neck, or of both.
 

@@ -18,7 +18,7 @@ from shunted_lit.visualization.attention import attention_maps, check_point, dra
 
 
 def attention(
-    image: Path, ckpt: str = "", point: str = "", out: Path = Path("attention.png"), every_block: bool = False
+    image: Path, ckpt: str = "", point: str = "", *, out: Path = Path("attention.png"), every_block: bool = False
 ) -> None:
     """Draw what a network attends to from a point of an image, coarse and fine heads side by side.
 

@@ -42,6 +42,7 @@ CAPTION = (
 
 def benchmark(
     out: Path = Path("benchmark"),
+    *,
     necks: list[str] = ["neck", "plain neck"],
     backbones: list[str] = BACKBONES,
     against: list[str] = [],

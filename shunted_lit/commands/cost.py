@@ -19,6 +19,7 @@ from shunted_lit.visualization.attention import attention_costs
 def cost(
     name: str,
     options: dict[str, Any] = {},  # noqa: B006 - never changed
+    *,
     height: int = 40,
     width: int = 40,
 ) -> None:

@@ -13,6 +13,7 @@ def export(
     source: str,
     format: Literal["onnx", "openvino", "torch_export", "safetensors"] = "safetensors",
     out: Path | None = None,
+    *,
     part: Literal["model", "neck"] = "model",
     level: int | None = None,
     batch: int | None = None,

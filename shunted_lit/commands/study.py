@@ -20,6 +20,7 @@ def study(
     configs: list[Path] | Path,
     seeds: int = 3,
     out: Path = Path("study"),
+    *,
     options: list[str] = [],  # noqa: B006 - never changed
 ) -> None:
     """Train each config with each seed, and compare: a table, results.csv, runs.csv and results.png.

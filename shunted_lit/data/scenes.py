@@ -36,6 +36,7 @@ PHOTOGRAPHS = {
 def write_scenes(
     out: Path,
     kind: Literal["shapes", "digits"] = "shapes",
+    *,
     train: int = 1024,
     val: int = 256,
     size: int = 160,

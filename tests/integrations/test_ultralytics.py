@@ -129,7 +129,7 @@ def test_necks_have_the_channels_of_the_layer_before_at_every_scale(family, scal
 def test_outputs_equal_the_base_wherever_necks_are_inserted(after, base):
     """With a layer scale of 0 a neck is an identity, so that a wrong layer number changes the outputs."""
     path = Path(f"{NANO}-shunted.yaml")
-    adapter.write_yaml(NANO, path, after, SMALL)
+    adapter.write_yaml(NANO, path, after, neck=SMALL)
     model, base_model = YOLO(path).model, YOLO(base).model
     assert adapter.transfer_weights(model, base_model) == (len(base_model.state_dict()),) * 2
     assert_same_outputs(model, base_model)
@@ -143,7 +143,7 @@ def test_outputs_equal_the_base_wherever_necks_are_inserted(after, base):
 
 
 def test_negative_sources_are_renumbered():
-    adapter.write_yaml("yolov3-tiny", Path("tiny.yaml"), [13, 15], SMALL)
+    adapter.write_yaml("yolov3-tiny", Path("tiny.yaml"), [13, 15], neck=SMALL)
     original = yaml.safe_load(next(Path(ultralytics.__file__).parent.rglob("yolov3-tiny.yaml")).read_text())
     assert any(layer[0] == -2 for layer in original["head"])
     model, base = YOLO("tiny.yaml").model, YOLO("yolov3-tiny.yaml").model
@@ -154,7 +154,7 @@ def test_negative_sources_are_renumbered():
 def test_file_name_without_scale_keeps_the_scale_of_the_base():
     adapter.write_yaml(f"{FAMILIES[0]}s", Path("mine.yaml"), neck=SMALL)
     assert build_layers("mine.yaml")[11].cin == 512
-    adapter.write_yaml("mine.yaml", Path("twice.yaml"), 4, SMALL)
+    adapter.write_yaml("mine.yaml", Path("twice.yaml"), 4, neck=SMALL)
     assert [layer.cin for layer in build_layers("twice.yaml") if adapter.is_neck(layer)] == [256, 512]
 
 
@@ -232,7 +232,7 @@ def test_invalid_base_or_neck_raises(base, after, neck, message):
     for name, content in MODEL_YAMLS.items():
         Path(name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        adapter.write_yaml(base, Path("out.yaml"), after, neck)
+        adapter.write_yaml(base, Path("out.yaml"), after, neck=neck)
     assert not Path("out.yaml").exists()
 
 
@@ -331,7 +331,7 @@ def test_neck_trained_by_fit_is_loaded():
     trained = task.detector.backbone.body.necks["4"].state_dict()
     for name, neck in {"plain": {"layer_scale": None}, "scaled": {}}.items():
         model, out = Path(f"{name}.yaml"), Path(f"{name}.pt")
-        adapter.write_yaml(NANO, model, [6, 10], {"depth": 1, "num_heads": 4, **neck})
+        adapter.write_yaml(NANO, model, [6, 10], neck={"depth": 1, "num_heads": 4, **neck})
         if NANO == "yolo26n":  # layer 6 has 128 channels; layer 10 has 256, as level 4 of resnet18
             with pytest.raises(ValueError, match=mentions("do not fit", "cin=256")):
                 adapter.write_weights(model, out, neck="run.ckpt", layer=7)
@@ -341,7 +341,7 @@ def test_neck_trained_by_fit_is_loaded():
         assert loaded.keys() == trained.keys()
         for key, value in loaded.items():
             torch.testing.assert_close(value, trained[key], rtol=1e-3, atol=1e-4)  # a .pt holds half precision
-    adapter.write_yaml(NANO, Path("two.yaml"), 10, {"depth": 1})
+    adapter.write_yaml(NANO, Path("two.yaml"), 10, neck={"depth": 1})
     with pytest.raises(ValueError, match=r"the neck of run.ckpt must have the 2 heads of layer 11, got 4"):
         adapter.write_weights(Path("two.yaml"), Path("two.pt"), neck="run.ckpt")
 
