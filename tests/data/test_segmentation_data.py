@@ -182,7 +182,7 @@ def test_unreadable_masks_raise(folder, content, workers):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"names": ["one"]}, "`names` must be 2 to 255 names, got 1"),
+        ({"names": ["one"]}, "`names` must hold 2 to 255 names, got 1"),
         ({"train_masks": "none"}, "none: no such folder"),
         ({"val_images": "labels/val"}, "labels/val: no files found; their names must end in"),
         ({"crop_size": 0}, "`crop_size` must be at least 1, got 0"),
