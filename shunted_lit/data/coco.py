@@ -20,7 +20,7 @@ SLACK = 1.0  # pixels by which a box may exceed its image; COCO's own boxes exce
 
 
 class CocoDataModule(DetectionDataModule):
-    """Images and annotations in COCO's format; the defaults match COCO 2017 as it is published.
+    """Images and annotations in COCO's format; the defaults match COCO 2017 as published.
 
     Category ids are mapped to 0, 1, ... in the order of the ids. Crowd regions are not trained on, and evaluation
     counts them neither as hits nor as misses. Images without annotations are background; their number is logged.

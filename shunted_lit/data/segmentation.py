@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: ADE20K as it is published, and any folders of images and PNG masks."""
+"""Images with a class for each pixel: ADE20K as published, and any folders of images and PNG masks."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -141,7 +141,7 @@ class MaskFolderDataModule(LabelMapDataModule):
 
 
 class ADE20KDataModule(LabelMapDataModule):
-    """ADE20K's scene parsing benchmark (Zhou et al., CVPR 2017) as it is published, ADEChallengeData2016.
+    """ADE20K's scene parsing benchmark (Zhou et al., CVPR 2017) as published, ADEChallengeData2016.
 
     `root/images/{training,validation}/*.jpg` and `root/annotations/{training,validation}/*.png`: 0 for no class, 1 to
     150 for the classes, which are mapped to 0 to 149. Their names are read from `root/objectInfo150.txt`, if it exists.
