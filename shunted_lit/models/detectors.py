@@ -97,7 +97,7 @@ def retinanet(pyramid: Pyramid, num_classes: int, anchor_scale: float, **keyword
 class ZeroBasedRCNN(GeneralizedRCNN):
     """Mixin for torchvision's R-CNNs whose labels start at 0, without torchvision's background class 0.
 
-    Masks of predictions have the form of those of targets: (n, H, W), bool, instead of probabilities (n, 1, H, W).
+    Predicted masks have the form of target masks: (n, H, W), bool, instead of probabilities (n, 1, H, W).
     """
 
     MASK_THRESHOLD = 0.5

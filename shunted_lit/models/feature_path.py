@@ -33,6 +33,12 @@ def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
     check_keywords("the neck", keywords, ShuntedTransformer)
 
 
+def check_weights_source(pretrained: bool, weights: str | None) -> None:
+    """Raise ValueError where training would start from two sources of weights."""
+    if pretrained and weights is not None:
+        raise ValueError(f"`pretrained` must be false where `weights` is given ({weights}): choose one of the two.")
+
+
 def state_dict_and_classifiers(path: str, model: Any) -> tuple[dict[str, Any], list[str]]:
     """Read a classifier's weights under the names of a timm model; also return the names of the model's classifiers.
 
@@ -83,7 +89,7 @@ class FeaturePath(nn.Module):
         pretrained: let timm download the backbone's published weights.
         levels: levels of the maps to return.
         neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is that of the level.
-        neck_levels: those of `levels` that get a neck.
+        neck_levels: levels, among `levels`, that get a neck.
         freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm statistics stay).
         backbone_options: further keywords of `timm.create_model`, such as {"img_size": 256} for a ViT.
         weights: file of weights to start the backbone from: a checkpoint of the reference implementation, of timm or
@@ -119,10 +125,9 @@ class FeaturePath(nn.Module):
         if neck is not None and not neck_levels:
             raise ValueError("`neck_levels` must name a level where there is a neck; name one, or set `neck` to null.")
         indices = find_map_indices(backbone, options, self.levels)
+        check_weights_source(pretrained, weights)
         source: dict[str, Any] = {"pretrained": pretrained}
         if weights is not None:
-            if pretrained:
-                raise ValueError(f"Give either `pretrained` or `weights`, got pretrained=True and weights={weights!r}.")
             state = read_backbone_weights(weights, backbone, options)
             source = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "num_classes": 0}}
         model: Any = timm.create_model(backbone, features_only=True, out_indices=indices, **source, **options)

@@ -32,12 +32,6 @@ def required_annotation(config: Any) -> str | None:
     return import_task_class(config).required_annotation(config.init_args) if config else None
 
 
-def check_weights_source(pretrained: bool, weights: str | None) -> None:
-    """Raise ValueError where training would start from two sources of weights."""
-    if pretrained and weights is not None:
-        raise ValueError(f"`pretrained` must be false where `weights` is given ({weights}): choose one of the two.")
-
-
 class BaseTask(StopOnNonfinite):
     """Base class of the tasks.
 

@@ -16,9 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchvision.transforms import Normalize
 from torchvision.transforms.v2.functional import to_dtype
 
-from shunted_lit.models.feature_path import check_model_name, state_dict_and_classifiers
+from shunted_lit.models.feature_path import check_model_name, check_weights_source, state_dict_and_classifiers
 from shunted_lit.models.weights import load_matching_weights
-from shunted_lit.tasks.base import BaseTask, check_weights_source
+from shunted_lit.tasks.base import BaseTask
 from shunted_lit.tasks.optim import parameters_without_decay
 from shunted_lit.utils.checks import check_fraction, check_minimum
 from shunted_lit.visualization.plots import draw_classes

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from shunted_lit.models.feature_path import FeaturePath
+from shunted_lit.models.feature_path import FeaturePath, check_weights_source
 from shunted_lit.models.weights import flatten, load_matching_weights, read_checkpoint
-from shunted_lit.tasks.base import BaseTask, check_weights_source
+from shunted_lit.tasks.base import BaseTask
 
 log = logging.getLogger(__name__)
 

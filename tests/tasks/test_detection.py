@@ -223,7 +223,9 @@ def test_a_backbone_starts_from_a_classifier(tmp_path):
         FeaturePath("resnet18", weights=str(tmp_path / "run.ckpt"))
     with pytest.raises(ValueError, match=r"none.pth: no such file"):
         FeaturePath("shunted_t", weights=str(tmp_path / "none.pth"))
-    with pytest.raises(ValueError, match="Give either `pretrained` or `weights`, got pretrained=True and weights="):
+    with pytest.raises(
+        ValueError, match=r"`pretrained` must be false where `weights` is given \(.*run\.ckpt\): choose one"
+    ):
         FeaturePath("shunted_t", pretrained=True, weights=str(tmp_path / "run.ckpt"))
 
 
