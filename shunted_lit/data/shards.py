@@ -197,8 +197,9 @@ class Shards:
         """Delete the least recently used shards of all data, until a new one and all current downloads fit."""
         if self.cache_gb is None:
             return
-        kept = sorted(self.cache.parent.glob("*/*.tar"), key=lambda path: path.stat().st_mtime)
+        # Downloads are counted first: one that ends meanwhile is counted twice rather than not at all.
         size += max(self.index.sizes) * len(list(self.cache.parent.glob("*/*.part")))
+        kept = sorted(self.cache.parent.glob("*/*.tar"), key=lambda path: path.stat().st_mtime)
         while kept and sum(path.stat().st_size for path in kept) + size > self.cache_gb * 1e9:
             kept.pop(0).unlink()  # a process that reads it still has it open
 

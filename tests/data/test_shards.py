@@ -300,6 +300,28 @@ def test_the_cache_keeps_its_limit(server, shards, tmp_path):
         ClassificationShardsDataModule(url, **SMALL, cache=str(tmp_path), cache_gb=bound / 2, window=1)
 
 
+def test_a_download_that_ends_while_room_is_made_counts(server, tmp_path, monkeypatch):
+    shards = Shards(f"{server[0]}/train", cache=str(tmp_path), window=1)
+    size = max(shards.index.sizes)
+    shards.cache_gb = 2.5 * size / 1e9
+    shards.cache.mkdir()
+    (shards.cache / "old.tar").write_bytes(bytes(size))
+    part = shards.cache / "new.part"
+    part.write_bytes(bytes(size))
+    glob = Path.glob
+
+    def glob_and_end_download(path, pattern):
+        files = list(glob(path, pattern))
+        if part.exists():
+            part.replace(part.with_suffix(".tar"))
+        return files
+
+    monkeypatch.setattr(Path, "glob", glob_and_end_download)
+    shards.make_room(size)
+    left = sum(path.stat().st_size for path in shards.cache.iterdir())
+    assert left + size <= shards.cache_gb * 1e9
+
+
 def test_a_shard_that_a_server_lacks_raises(server, shards, tmp_path, monkeypatch):
     monkeypatch.setattr("shunted_lit.data.shards.time.sleep", lambda seconds: None)
     kept = shards / "val/000001.tar"
