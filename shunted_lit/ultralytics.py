@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import torch
 import yaml
@@ -98,6 +99,8 @@ def explain_errors(problem: str) -> Iterator[None]:
     """Turn any error into a ValueError that starts with `problem`; Ultralytics raises errors of many types."""
     try:
         yield
+    except URLError as error:  # of weights of torchvision, which a few models start from
+        raise ValueError(f"{problem}: a download failed ({error.reason}); connect to the network.") from error
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"{problem}: {reason}") from error

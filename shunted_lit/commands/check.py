@@ -49,8 +49,9 @@ def parse_data(parser: ArgumentParser, args: Sequence[str]) -> tuple[BaseDataMod
 
 
 def find_all_faults(data: BaseDataModule, decode: bool = False) -> list[str]:
-    """Return a message for each error in the training and validation splits."""
-    return [fault for split in ("train", "val") for kind in data.find_faults(split, decode) for fault in kind]
+    """Return a message for each error in the training and validation splits, which may share label files."""
+    faults = [fault for split in ("train", "val") for kind in data.find_faults(split, decode) for fault in kind]
+    return list(dict.fromkeys(faults))
 
 
 def check(args: Sequence[str]) -> None:

@@ -53,7 +53,8 @@ class BaseDataModule(LightningDataModule):
     Args:
         batch_size: Batch size per device.
         num_workers: Number of processes per device that load and augment images.
-        check_images: Whether to read the headers of all files before training, to report damaged ones at the start.
+        check_images: Whether to read the headers of all files before training, to report damaged ones at the start;
+            generated scenes have no files.
         skip_damaged: Number of damaged training images to skip with a warning; each is replaced by the next image. One
             more, or a damaged image in evaluation, is an error.
     """
@@ -171,7 +172,7 @@ class BaseDataModule(LightningDataModule):
                     )
             faults += label_faults + damaged
         if faults:
-            raise DataError(faults, "data", advice)
+            raise DataError(list(dict.fromkeys(faults)), "data", advice)  # splits may share label files
 
     def find_faults(self, split: str, decode: bool = False) -> tuple[list[str], list[str]]:
         """Return the faults in the labels of a split, and its damaged files.

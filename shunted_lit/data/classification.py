@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from torchvision.datasets import ImageFolder
 
 from shunted_lit.data.base import BaseDataModule
 from shunted_lit.data.image_io import IMAGE_ENDINGS, IMAGE_SUFFIXES, read_image, read_size
+from shunted_lit.data.splits import HeldOutDataModule
 from shunted_lit.data.validation import LabelCheck
 from shunted_lit.utils.checks import check_fraction, check_minimum, check_positive, check_range
 
@@ -31,6 +32,8 @@ class ClassFolderDataset(ImageFolder):
         ValueError: Links lead to one folder twice.
     """
 
+    samples: list[tuple[str, int]]  # path and label
+
     def __init__(self, folder: Path, transform: Callable[[Image.Image], Any]):
         self.root_folder = folder
         self.visited: set[str] = set()
@@ -41,6 +44,11 @@ class ClassFolderDataset(ImageFolder):
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         names = list_class_folders(Path(directory))
         return names, {name: label for label, name in enumerate(names)}
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Remove all images but those of `rows`."""
+        self.samples = self.imgs = [self.samples[row] for row in rows]
+        self.targets = [label for _, label in self.samples]
 
     def name_of(self, index: int) -> str:
         return self.samples[index][0]
@@ -139,16 +147,16 @@ class ClassificationDataModule(BaseDataModule):
         self.eval_transform = create_transform(**size, **evaluation)
 
 
-class ImageFolderDataModule(ClassificationDataModule):
+class ImageFolderDataModule(HeldOutDataModule, ClassificationDataModule):
     """Images in `root/train/CLASS/*.JPEG` and `root/val/CLASS/*.JPEG`, at any depth below CLASS.
 
     Classes are in alphabetical order.
 
     Args:
         root: Folder that the other paths are relative to.
-        train: Folder of the training split.
+        train: Folder of the training split; "." for `root/CLASS/*.JPEG`, of which `val_fraction` holds out a part.
         val: Folder of the validation split.
-        options: Options of `ClassificationDataModule`.
+        options: Options of `ClassificationDataModule` and `HeldOutDataModule`.
 
     Raises:
         ValueError: A folder is missing; a class has no images, or is missing in one of the splits. On reading: an image
@@ -157,13 +165,14 @@ class ImageFolderDataModule(ClassificationDataModule):
 
     def __init__(self, root: str, *, train: str = "train", val: str = "val", **options: Any):
         super().__init__(**options)
+        self.root = Path(root)
         self.folders = {"train": Path(root, train), "val": Path(root, val)}
-        if self.folders["train"] == self.folders["val"]:
+        if self.folders["train"] == self.folders["val"] and not self.holds_out:
             raise ValueError(f"`val` must be a held-out folder, got {self.folders['train']}, the folder of `train`.")
         self.class_names = list_class_folders(self.folders["train"])
 
     def build_dataset(self, split: str, transform: Callable[[Image.Image], Any]) -> Dataset[Any]:
-        folder = self.folders[split]
+        folder = self.folders[self.split_to_read(split, **self.folders)]
         only_in_one = set(list_class_folders(folder)) ^ set(self.class_names)
         if only_in_one:
             name = min(only_in_one)
@@ -175,11 +184,13 @@ class ImageFolderDataModule(ClassificationDataModule):
                 f"{len(self.class_names)} classes are in one split only); both splits need all classes, with images."
             )
         dataset = ClassFolderDataset(folder, transform)
+        dataset.keep(self.select(split, [path for path, _ in dataset.samples]))
         check = LabelCheck()
-        for label in sorted(set(range(len(self.class_names))) - set(dataset.targets)):
+        missing = set(range(len(self.class_names))) - set(dataset.targets)
+        for label in [] if self.holds_out and split == "val" else sorted(missing):
             check.fail(
-                f"{folder / self.class_names[label]}: no images in this class; add some (their names must end in "
-                f"{IMAGE_ENDINGS}), or remove the folder from all splits."
+                f"{folder / self.class_names[label]}: no images in this class{' to train on' if self.holds_out else ''}"
+                f"; add some (their names must end in {IMAGE_ENDINGS}), or remove the folder from all splits."
             )
         self.report(check, folder)
         if skipped := dataset.skipped:

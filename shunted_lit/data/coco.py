@@ -13,13 +13,14 @@ from torch.utils.data import Dataset
 from shunted_lit.data.detection import DetectionDataModule, FolderDataset, Record, Sample
 from shunted_lit.data.image_io import MAX_PIXELS, read_text
 from shunted_lit.data.masks import find_mask_fault
+from shunted_lit.data.splits import HeldOutDataModule
 from shunted_lit.data.validation import BadBoxes, LabelCheck, find_repeated, is_integer, is_number
 
 Records = dict[int, Record | None]  # by image id; None for an image with a faulty entry
 SLACK = 1.0  # pixels by which a box may exceed its image; COCO's own boxes exceed theirs by less
 
 
-class CocoDataModule(DetectionDataModule):
+class CocoDataModule(HeldOutDataModule, DetectionDataModule):
     """Images and annotations in COCO's format; the defaults match COCO 2017 as published.
 
     Category ids are mapped to 0, 1, ... in the order of the ids. Crowd regions are not trained on, and evaluation
@@ -34,7 +35,7 @@ class CocoDataModule(DetectionDataModule):
         crop: Probability of cropping a training image to a region that keeps some objects.
         bad_boxes: "error", or "drop" to skip and count objects with a damaged mask, or with a box that has no area or
             is outside the image (COCO's train2017 has a few).
-        options: Options of `DetectionDataModule`.
+        options: Options of `DetectionDataModule` and `HeldOutDataModule`.
 
     Raises:
         ValueError: An annotation names no image or category, has a wrong box or mask, or repeats an id; an image is
@@ -54,14 +55,14 @@ class CocoDataModule(DetectionDataModule):
         **options: Any,
     ):
         super().__init__(crop=crop, **options)
-        self.bad_boxes = bad_boxes
+        self.root, self.bad_boxes = Path(root), bad_boxes
         self.images = {"train": Path(root, train_images), "val": Path(root, val_images)}
         self.annotations = {"train": Path(root, train_annotations), "val": Path(root, val_annotations)}
 
     @cached_property
     def categories(self) -> dict[int, str]:
-        """Names by id, in the order of the ids, from the validation split, whose file is smaller."""
-        file = self.annotations["val"]
+        """Names by id, in the order of the ids, from the validation split if any, whose file is smaller."""
+        file = self.annotations[self.split_to_read("val", **self.annotations)]
         return read_categories(file, read_json(file))
 
     @property
@@ -69,17 +70,19 @@ class CocoDataModule(DetectionDataModule):
         return list(self.categories.values())
 
     def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
-        file = self.annotations[split]
+        source = self.split_to_read(split, **self.annotations)
+        file = self.annotations[source]
         content = read_json(file)
         if (categories := read_categories(file, content)) != self.categories:
             raise ValueError(
                 f"{file} must have the categories of {self.annotations['val']}, {self.categories}, got {categories}."
             )
         check = LabelCheck(self.bad_boxes)
-        records = read_images(file, content["images"], self.images[split], check, masks=self.annotation == "masks")
+        records = read_images(file, content["images"], self.images[source], check, masks=self.annotation == "masks")
         add_annotations(file, content["annotations"], records, list(categories), check, crowds=split == "val")
         self.report(check, file)
         present = [record for record in records.values() if record is not None]
+        present = [present[row] for row in self.select(split, [record.path for record in present])]
         return FolderDataset(present, relative=False, transform=transform, source=file)
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import faster_coco_eval.core.mask as coco_mask
 import numpy as np
+from contourpy import FillType, contour_generator
 
 from shunted_lit.data.validation import is_number
 
@@ -78,6 +79,23 @@ def draw_mask(segment: Segment, height: int, width: int, scale: tuple[float, flo
     elif isinstance(segment["counts"], list):
         segment = coco_mask.frPyObjects(segment, height, width)  # type: ignore[assignment]
     return coco_mask.decode(segment).astype(bool)
+
+
+def trace_polygons(mask: np.ndarray) -> list[list[float]]:
+    """Return the outlines x1 y1 x2 y2 ... of a mask (H, W), bool, such that `draw_mask` draws the same mask.
+
+    Each connected part is a polygon. COCO's polygons have no holes: the outline of a hole is joined to that of its part
+    by a line that is passed in both directions, and so covers nothing.
+    """
+    contours = contour_generator(z=np.pad(mask, 1).astype(float), fill_type=FillType.OuterOffset)  # holes by part
+    polygons = []
+    for points, offsets in zip(*contours.filled(0.5, 1.5), strict=True):
+        rings = np.split(points - 0.5, offsets[1:-1])  # of a part and its holes, each ending where it starts
+        polygon = np.concatenate([*rings, *(ring[:1] for ring in rings[-2::-1])])[:-1]
+        step = np.diff(polygon, axis=0, append=polygon[:1])
+        corners = polygon[(step != np.roll(step, 1, axis=0)).any(axis=1)]
+        polygons.append(corners.flatten().tolist())
+    return polygons
 
 
 def encode_run_lengths(mask: np.ndarray) -> dict[str, Any]:

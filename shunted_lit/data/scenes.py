@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from shunted_lit.data.digits import NAMES, load_digits
-from shunted_lit.data.masks import encode_run_lengths
+from shunted_lit.data.masks import trace_polygons
 from shunted_lit.data.shapes import (
     SHAPES,
     Scene,
@@ -80,10 +80,15 @@ def write_scenes(
                 lines.append(f"{label} " + " ".join(f"{value:.12g}" for value in fractions) + "\n")
                 ids = {"id": len(annotations) + 1, "image_id": number + 1, "category_id": label + 1}
                 box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0}
-                annotations.append({**ids, **box, "segmentation": encode_run_lengths(mask)})
+                annotations.append({**ids, **box, "segmentation": trace_polygons(mask)})
             (out / "labels" / split / f"{stem}.txt").write_text("".join(lines))
-        categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
-        content = {"images": images, "annotations": annotations, "categories": categories}
+        content = {
+            "info": {"description": f"{kind} of shunted-lit scenes, {split}, seed {seed}", "version": "1.0"},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i + 1, "name": name, "supercategory": kind[:-1]} for i, name in enumerate(names)],
+        }
         (out / "annotations" / f"{split}.json").write_text(json.dumps(content))
     description = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
     (out / "data.yaml").write_text(yaml.safe_dump(description, sort_keys=False))

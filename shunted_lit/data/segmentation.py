@@ -25,6 +25,7 @@ from shunted_lit.data.image_io import (
     read_size,
     read_text,
 )
+from shunted_lit.data.splits import HeldOutDataModule
 from shunted_lit.data.validation import LabelCheck, find_repeated
 from shunted_lit.utils.checks import check_fraction, check_minimum, check_range
 from shunted_lit.utils.labels import IGNORED
@@ -94,13 +95,17 @@ class LabelMapDataModule(BaseDataModule):
         self.eval_transform = v2.Compose(float_image_transforms())
 
     def build_dataset(self, split: str, transform: Callable[..., Any]) -> Dataset[Any]:
+        return LabelMapDataset(self.find_files(split), self.num_classes, self.first_class, transform)
+
+    def find_files(self, split: str) -> list[tuple[Path, Path]]:
+        """Return image and mask of each sample of a split."""
         check = LabelCheck()
         files = pair_images_with_masks(*self.folders[split], check)
         self.report(check, self.folders[split][0])
-        return LabelMapDataset(files, self.num_classes, self.first_class, transform)
+        return files
 
 
-class MaskFolderDataModule(LabelMapDataModule):
+class MaskFolderDataModule(HeldOutDataModule, LabelMapDataModule):
     """Images in `root/images/train/*.jpg` with masks of the same names, `root/masks/train/*.png`; the same for val.
 
     A mask is a PNG of one channel, or with a palette: a class from 0 for each pixel, 255 for none.
@@ -112,7 +117,7 @@ class MaskFolderDataModule(LabelMapDataModule):
         train_masks: Folder of the training masks.
         val_images: Folder of the validation images.
         val_masks: Folder of the validation masks.
-        options: Options of `LabelMapDataModule`.
+        options: Options of `LabelMapDataModule` and `HeldOutDataModule`.
 
     Raises:
         ValueError: As `LabelMapDataModule`; or the number of names is not 2 to 255.
@@ -130,7 +135,7 @@ class MaskFolderDataModule(LabelMapDataModule):
         **options: Any,
     ):
         super().__init__(**options)
-        base = Path(root)
+        self.root = base = Path(root)
         self.folders = {
             "train": (base / train_images, base / train_masks),
             "val": (base / val_images, base / val_masks),
@@ -138,6 +143,11 @@ class MaskFolderDataModule(LabelMapDataModule):
         self.class_names = read_class_names(base / "classes.txt") if names is None else list(names)
         if not 2 <= len(self.class_names) <= IGNORED:
             raise ValueError(f"`names` must hold 2 to {IGNORED} names, got {len(self.class_names)}.")
+
+    def find_files(self, split: str) -> list[tuple[Path, Path]]:
+        images = {key: folders[0] for key, folders in self.folders.items()}
+        files = super().find_files(self.split_to_read(split, **images))
+        return [files[row] for row in self.select(split, [image for image, _ in files])]
 
 
 class ADE20KDataModule(LabelMapDataModule):

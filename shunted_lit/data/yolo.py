@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from shunted_lit.data.detection import Box, DetectionDataModule, FolderDataset, Record, Sample
 from shunted_lit.data.image_io import IMAGE_ENDINGS, IMAGE_SUFFIXES, find_images, read_text
+from shunted_lit.data.splits import HeldOutDataModule
 from shunted_lit.data.validation import BadBoxes, LabelCheck, find_repeated
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 SLACK = 1e-3  # of the image, by which a box may exceed it: rounding to six decimals and resizing
 
 
-class YoloDataModule(DetectionDataModule):
+class YoloDataModule(HeldOutDataModule, DetectionDataModule):
     """Images and labels that a `data.yaml` names.
 
     `data.yaml` has `train` and `val` (a folder, a .txt list of images, or a list of these), `names` (list or mapping)
@@ -35,7 +36,8 @@ class YoloDataModule(DetectionDataModule):
         data: Path of `data.yaml`.
         crop: Probability of cropping a training image to a region that keeps some objects.
         bad_boxes: "error", or "drop" to skip and count boxes that have no area or are outside their image.
-        options: Options of `DetectionDataModule`.
+        options: Options of `DetectionDataModule` and `HeldOutDataModule`; `root` is then the folder that
+            the splits are relative to.
 
     Raises:
         ValueError: `data.yaml` or a label file is not as above, a class is not among the names, an image that a list or
@@ -45,18 +47,27 @@ class YoloDataModule(DetectionDataModule):
     def __init__(self, data: str, *, crop: ClosedUnitInterval = 0.5, bad_boxes: BadBoxes = "error", **options: Any):
         super().__init__(crop=crop, **options)
         self.file, self.bad_boxes = Path(data), bad_boxes
-        self.content = read_data_yaml(self.file)
+        self.content = read_data_yaml(self.file, needs_val=not self.holds_out)
+        self.root = find_root(self.file, self.content)
         self.class_names = self.content["names"]
+        if self.holds_out and self.content.get("val") not in (None, self.content["train"]):
+            raise ValueError(
+                f"{self.file}: `val` must be missing or the same as `train` with `val_fraction` or `val_list`, got "
+                f"{str(self.content['val'])[:80]}; omit the option, or remove `val`."
+            )
 
     def build_dataset(self, split: str, transform: Callable[..., Sample]) -> Dataset[Sample]:
         check = LabelCheck(self.bad_boxes)
-        images = list_images(self.file, self.content, split, check)
+        images = list_images(self.file, self.content, self.root, "train" if self.holds_out else split, check)
+        images = [images[row] for row in self.select(split, images)]
         label_files = [label_path(image) for image in images]
         for file in find_repeated(label_files):
             check.fail(f"{self.file}, {split}: {file} belongs to several images, or to one that is named twice.")
-        if split == "val" and self.content["train"] == self.content["val"]:
+        if split == "val" and not self.holds_out and self.content["train"] == self.content["val"]:
             log.warning(
-                "%s: train and val are the same images, so the scores are not those of held-out data", self.file
+                "%s: train and val are the same images, so the scores are not those of held-out data; set "
+                "`val_fraction` to hold some out",
+                self.file,
             )
         masks = self.annotation == "masks"
         records = [Record(image, i, segments=[] if masks else None) for i, image in enumerate(images)]
@@ -67,7 +78,7 @@ class YoloDataModule(DetectionDataModule):
         return FolderDataset(records, relative=True, transform=transform, source=f"{self.file}, {split}")
 
 
-def read_data_yaml(file: Path) -> dict[str, Any]:
+def read_data_yaml(file: Path, *, needs_val: bool = True) -> dict[str, Any]:
     """Read `data.yaml`, with `names` as a list."""
     try:
         content = yaml.safe_load(read_text(file))
@@ -75,8 +86,10 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not a readable YAML file ({error}).") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: has no entries; train, val and names are needed.")
-    if missing := [key for key in ("train", "val", "names") if not content.get(key)]:
-        raise ValueError(f"{file}: {', '.join(missing)} missing; train, val and names are needed.")
+    if missing := [key for key in ("train", "val", "names") if not content.get(key) and (needs_val or key != "val")]:
+        problem = f"{file}: {', '.join(missing)} missing; train, val and names are needed"
+        remedy = ", or `val_fraction`, such as 0.2, to hold out training images instead of val"
+        raise ValueError(f"{problem}{remedy if missing == ['val'] else ''}.")
     names = content["names"]
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
@@ -97,16 +110,26 @@ def read_data_yaml(file: Path) -> dict[str, Any]:
     return {**content, "names": names}
 
 
-def list_images(file: Path, content: dict[str, Any], split: str, check: LabelCheck) -> list[Path]:
-    """Return the images of "train" or "val", sorted within each folder or list."""
+def check_text(file: Path, key: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise ValueError(f"{file}: {key} must be text, got a {type(value).__name__}.")
+
+
+def find_root(file: Path, content: dict[str, Any]) -> Path:
+    """Return the folder that the splits are relative to."""
     path = content.get("path") or "."
-    sources = content[split] if isinstance(content[split], list) else [content[split]]
-    for key, value in (("path", path), *((split, source) for source in sources)):
-        if not isinstance(value, str):
-            raise ValueError(f"{file}: {key} must be text, got a {type(value).__name__}.")
+    check_text(file, "path", path)
     root = file.parent / path
     if not root.is_dir() and Path(path).is_dir():
         root = Path(path)  # relative to the working directory, as Ultralytics reads it
+    return root
+
+
+def list_images(file: Path, content: dict[str, Any], root: Path, split: str, check: LabelCheck) -> list[Path]:
+    """Return the images of "train" or "val", sorted within each folder or list."""
+    sources = content[split] if isinstance(content[split], list) else [content[split]]
+    for source in sources:
+        check_text(file, split, source)
     images: list[Path] = []
     for source in (root / entry for entry in sources):
         if source.is_dir():

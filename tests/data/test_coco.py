@@ -9,7 +9,7 @@ import torch
 from helpers.readers import STILL, coco_files, edit_annotations, read_coco, read_yolo, same_masks
 
 from shunted_lit.data import ShapesDataModule
-from shunted_lit.data.masks import draw_mask
+from shunted_lit.data.masks import draw_mask, encode_run_lengths
 
 
 @pytest.mark.parametrize(
@@ -103,10 +103,13 @@ def test_each_form_of_coco_masks_equals_the_drawn_ones(folder, form):
     def rewrite(content):
         for entry in content["annotations"]:
             mask = draw_mask(entry["segmentation"], 96, 96)
-            if form == "counts":  # by columns, zeros first
+            if form == "text":
+                entry["segmentation"] = encode_run_lengths(mask)
+            elif form == "counts":  # by columns, zeros first
                 flat = mask.T.flatten()
                 edges = np.flatnonzero(np.diff(flat, prepend=0))
-                entry["segmentation"]["counts"] = np.diff(edges, prepend=0, append=flat.size).tolist()
+                counts = np.diff(edges, prepend=0, append=flat.size).tolist()
+                entry["segmentation"] = {"size": [96, 96], "counts": counts}
             elif form == "pixels":  # a polygon around each pixel
                 entry["segmentation"] = [
                     [x, y, x + 1, y, x + 1, y + 1, x, y + 1]

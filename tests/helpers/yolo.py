@@ -5,8 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import ultralytics
+import yaml
+from PIL import Image
 from ultralytics import YOLO
 from ultralytics.nn import tasks
 
@@ -26,6 +29,32 @@ def predict(model, x):
 
 def has_neck(path, layer=11):
     return isinstance(YOLO(path).model.model[layer], adapter.ShuntedTransformer)
+
+
+def write_task_data(folder, task, count=4):
+    """Write images of one rectangle each, with the labels of a task, and return what Ultralytics takes as `data`."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for number in range(count):
+            x1, y1 = rng.integers(4, 20, 2)
+            x2, y2 = rng.integers(36, 60, 2)
+            image = np.full((64, 64, 3), 40, dtype=np.uint8)
+            image[y1:y2, x1:x2, number % 2] = 220
+            parent = f"{split}/{number % 2}" if task == "classify" else f"images/{split}"
+            path = folder / parent / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+            box = np.array([x1 + x2, y1 + y2, 2 * (x2 - x1), 2 * (y2 - y1)]) / 128
+            corners = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)]) / 64
+            labels = {"segment": corners, "obb": corners, "pose": [*box, *np.insert(corners, 2, 2, axis=1).flat]}
+            file = folder / f"labels/{split}/{number}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(" ".join(map(str, [number % 2, *np.ravel(labels.get(task, box))])))
+    content = {"train": "images/train", "val": "images/val", "names": ["red", "green"]}
+    if task == "pose":
+        content |= {"kpt_shape": [4, 3], "flip_idx": [1, 0, 3, 2]}
+    (folder / "data.yaml").write_text(yaml.safe_dump(content))
+    return str(folder if task == "classify" else folder / "data.yaml")
 
 
 def run_python(*args, status=0, **environment):

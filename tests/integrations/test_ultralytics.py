@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import yaml
 from helpers.yolo import FAMILIES, HAS_RESTRICTED_LOADING, NANO, SMALL, predict, run_python, run_yolo
 from lightning.pytorch import Trainer
 from torch import nn
+from torchvision import models
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn import tasks
 from ultralytics.utils import dist
@@ -100,7 +102,7 @@ def test_restricted_loading_accepts_the_neck(with_neck, restored_safe_globals):
 
 def test_ddp_script_imports_the_neck_first():
     adapter.register()  # a second call changes nothing
-    trainer = SimpleNamespace(args=SimpleNamespace(), model=None, callbacks={}, hub_session=None)
+    trainer = SimpleNamespace(args=SimpleNamespace(model=None), model=None, callbacks={}, hub_session=None)
     script = Path(dist.generate_ddp_file(trainer)).read_text()
     assert script.startswith("import sys\nsys.path = [")
     assert script.count("import shunted_lit.ultralytics\n") == 1
@@ -295,6 +297,47 @@ def write_and_compare(name, trained):
     expected, written = predict(YOLO("mine.pt").model, x), YOLO(out)
     torch.testing.assert_close(predict(written.model, x), expected, rtol=1e-5, atol=1e-4)
     return written, expected
+
+
+def model_names():
+    """Return the name of each model YAML of the installed Ultralytics, where it has scales with the first one."""
+    for file in sorted((Path(ultralytics.__file__).parent / "cfg/models").rglob("*.yaml")):
+        scale = next(iter(yaml.safe_load(file.read_text()).get("scales") or {}), "")
+        yield re.sub(r"(?<=[ov-])(\d+)(?![a-z\d])", rf"\g<1>{scale}", file.stem, count=1)
+
+
+@pytest.fixture
+def random_torchvision_weights(monkeypatch):
+    """Replace the weights that torchvision would download by random ones."""
+
+    def build_state(self, *args, **keywords):
+        return models.get_model(type(self).__name__.removesuffix("_Weights").lower()).state_dict()
+
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", build_state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(model_names()))
+def test_every_model_of_ultralytics_takes_the_neck_and_its_weights(name, random_torchvision_weights, capsys):
+    written, outputs = write_and_compare(name, (RTDETR if "rtdetr" in name else YOLO)(f"{name}.yaml"))
+    loaded, total = re.search(r"mine.pt: loaded (\d+) of (\d+) tensors", capsys.readouterr().out).groups()
+    assert int(loaded) == int(total) > 100
+    (neck,) = (layer for layer in written.model.model if adapter.is_neck(layer))
+    nn.init.constant_(neck.layer_scale.gamma, 100.0)
+    torch.manual_seed(0)
+    with pytest.raises(AssertionError, match="not"):  # else no layer reads the neck
+        torch.testing.assert_close(predict(written.model, torch.rand(1, 3, 64, 96)), outputs)
+
+
+def test_base_whose_weights_cannot_be_downloaded_raises(monkeypatch):
+    def fail(self, *args, **keywords):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(models.WeightsEnum, "get_state_dict", fail)
+    with pytest.raises(
+        ValueError, match=r"cannot build yolo11-cls-resnet18: a download failed \(no route to host\); conn"
+    ):
+        adapter.write_yaml("yolo11-cls-resnet18", Path("yolo11-cls-resnet18-shunted.yaml"))
 
 
 @pytest.mark.slow

@@ -10,7 +10,17 @@ import onnxruntime
 import pytest
 import skimage.data
 import torch
-from helpers.yolo import HAS_RESTRICTED_LOADING, NANO, SMALL, has_neck, predict, run_python, run_yolo
+from helpers.yolo import (
+    HAS_RESTRICTED_LOADING,
+    INSTALLED,
+    NANO,
+    SMALL,
+    has_neck,
+    predict,
+    run_python,
+    run_yolo,
+    write_task_data,
+)
 from PIL import Image
 from torch import nn
 from ultralytics import YOLO
@@ -163,3 +173,30 @@ def test_exports_equal_the_model(scaled, tmp_path, load, options, sizes):
         padded = LetterBox((640, 640), auto=True, stride=32)(image=np.asarray(photograph))
         x = torch.from_numpy(padded.transpose(2, 0, 1).copy())[None].float() / 255
         torch.testing.assert_close(exported(x), predict(model, x), rtol=1e-5, atol=1e-3)  # boxes in pixels, scores 0..1
+
+
+P2 = f"{NANO}-p2" if "yolo26-p2" in INSTALLED else "yolov8n-p2"
+
+
+@pytest.mark.parametrize("name", [P2, *(f"{NANO}-{task}" for task in ("seg", "pose", "obb", "cls"))])
+def test_each_task_trains_predicts_and_exports_with_the_neck(name, tmp_path):
+    adapter.write_yaml(name, Path(f"{name}-shunted.yaml"), neck=SMALL)
+    yolo = YOLO(f"{name}-shunted.yaml")
+    data = write_task_data(tmp_path / "data", yolo.task)
+    yolo.train(data=data, epochs=1, imgsz=64, batch=4, workers=0, plots=False, device="cpu", project=str(tmp_path))
+    (checkpoint,) = tmp_path.rglob("best.pt")
+    trained = YOLO(checkpoint)
+    (neck,) = (layer for layer in trained.model.model if adapter.is_neck(layer))
+    assert neck.layer_scale.gamma.any(), "training has reached the neck"
+    (image, *_) = sorted((tmp_path / "data").rglob("*.png"))
+    (result,) = trained.predict(image, imgsz=64, conf=0.0, verbose=False)
+    fields = {"segment": "masks", "pose": "keypoints", "obb": "obb", "classify": "probs"}
+    assert len(getattr(result, fields.get(yolo.task, "boxes")).data) > 0
+    nn.init.constant_(neck.layer_scale.gamma, 0.5)
+    x = torch.rand(1, 3, 64, 64)
+    expected = predict(trained.model, x)
+    trained.ckpt_path = str(tmp_path / "model.pt")  # Ultralytics writes the ONNX file next to it
+    exported = load_onnx(trained.export(format="onnx", imgsz=64, simplify=False))
+    while not isinstance(expected, torch.Tensor):
+        expected = expected[0]
+    torch.testing.assert_close(exported(x), expected, rtol=1e-4, atol=1e-3)
