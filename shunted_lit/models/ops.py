@@ -67,6 +67,11 @@ def check_image(x: Tensor, channels: int) -> Tensor:
 torch.fx.wrap("check_image")  # one call in a symbolic trace, which cannot follow branches
 
 
+def split_channels(x: Tensor, parts: int) -> list[Tensor]:
+    """Split (B, N, C) into equal parts of its channels. One part is `x`: LiteRT converts no split into one."""
+    return [x] if parts == 1 else x.chunk(parts, dim=-1)  # type: ignore[return-value]
+
+
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
     """View (B, N, heads * d) as (B, heads, N, d)."""
     return x.unflatten(-1, (num_heads, x.shape[-1] // num_heads)).transpose(1, 2)

@@ -161,7 +161,7 @@ class ShuntedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """Tokens (B, N, C) of `size` (H, W) -> the same shape."""
-        q = self.q(x).chunk(len(self.groups), dim=-1)
+        q = ops.split_channels(self.q(x), len(self.groups))
         out = torch.cat([group(q[i], x, size) for i, group in enumerate(self.groups)], dim=-1)
         return self.proj_drop(self.proj(out))
 
