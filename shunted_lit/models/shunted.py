@@ -297,8 +297,8 @@ class Stage(nn.Module):
         self.norm = config.norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        image = ops.to_channels_last(ops.check_image(x, self.cin))
-        x, size = self.patch_embed(image)
+        image = ops.check_image(x, self.cin)
+        x, size = self.patch_embed(ops.to_channels_last(image))
         for block in self.block:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # half a block's activations at a time
                 x = checkpoint(block.attend, x, size, use_reentrant=False)  # type: ignore[arg-type]
