@@ -106,7 +106,7 @@ def explain_errors(problem: str) -> Iterator[None]:
         raise ValueError(f"{problem}: {reason}") from error
 
 
-def insert_neck(base: str = "yolo26n", after: int | Sequence[int] | None = None,
+def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None = None,
                 neck: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
     """Return the content of a model YAML of the installed Ultralytics with the neck inserted.
 
@@ -117,6 +117,7 @@ def insert_neck(base: str = "yolo26n", after: int | Sequence[int] | None = None,
         ValueError: The base is unknown. A layer does not exist, is the last one, is named twice, has a neck already,
             or does not return one map (B, C, H, W). The neck does not accept its keywords or the map's channels.
     """
+    base = str(base)
     content = read_yaml(base)
     layers = all_layers(content)
     if after is None:  # RT-DETR's own attention (AIFI), or the coarsest map, on which attention costs least
@@ -207,7 +208,7 @@ def check_necks(base: str, content: Mapping[str, Any], positions: Sequence[int],
             ShuntedTransformer(shape[1], **keywords, device="meta")
 
 
-def write_yaml(base: str, out: Path, after: int | list[int] | None = None, *,
+def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None = None, *,
                neck: dict[str, Any] | None = None) -> None:  # fmt: skip
     """Write a model YAML for Ultralytics: one of the installed package with the neck inserted.
 
@@ -224,6 +225,7 @@ def write_yaml(base: str, out: Path, after: int | list[int] | None = None, *,
     Raises:
         ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.
     """
+    base, out = str(base), Path(out)
     check_new_file(out, ".yaml")
     content = insert_neck(base, after, neck)
     for family in ("-world", "yoloe", "rtdetr"):
@@ -297,8 +299,9 @@ def take_head(model: Any, base: Any) -> None:
         vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
 
 
-def write_weights(model: Path, out: Path, *, base: str | None = None, neck: str | None = None,
-                  layer: int | None = None, level: int | None = None) -> None:  # fmt: skip
+def write_weights(model: str | Path, out: str | Path, *, base: str | Path | None = None,
+                  neck: str | Path | None = None, layer: int | None = None,
+                  level: int | None = None) -> None:  # fmt: skip
     """Write a checkpoint to fine-tune: a model YAML with the weights of its base, of a trained neck, or of both.
 
     Args:
@@ -314,6 +317,7 @@ def write_weights(model: Path, out: Path, *, base: str | None = None, neck: str 
         ValueError: Neither base nor neck is given, the base is another model, the trained neck does not fit, or the
             file exists.
     """
+    model, out = Path(model), Path(out)
     check_new_file(out, ".pt")
     if base is None and neck is None:
         raise ValueError("weights must come from --base, --neck, or both, got neither.")
@@ -326,7 +330,7 @@ def write_weights(model: Path, out: Path, *, base: str | None = None, neck: str 
         yolo = RTDETR(str(model)) if "rtdetr" in model.stem else YOLO(str(model))
     if base is not None:
         with explain_errors(f"{base} is not a readable checkpoint of Ultralytics"):
-            trained = tasks.load_checkpoint(base)[0]  # the averaged weights where the file has them
+            trained = tasks.load_checkpoint(str(base))[0]  # the averaged weights where the file has them
         if trained.task != yolo.task:
             raise ValueError(f"{base} must be for the task of {model}, {yolo.task!r}, got {trained.task!r}.")
         yolo.model = type(trained)(content, ch=trained.yaml.get("channels", 3), nc=len(trained.names), verbose=False)
@@ -336,7 +340,7 @@ def write_weights(model: Path, out: Path, *, base: str | None = None, neck: str 
             loaded, total = transfer_weights(yolo.model, trained)
         print(f"{base}: loaded {loaded} of {total} tensors")
     if neck is not None:
-        load_neck(yolo.model, neck, layer, level)
+        load_neck(yolo.model, str(neck), layer, level)
     out.parent.mkdir(parents=True, exist_ok=True)
     yolo.save(str(out))
     print(out)

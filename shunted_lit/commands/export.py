@@ -31,8 +31,8 @@ def export(
             as the reference implementation's; or one of these four names for random weights.
         format: "onnx"; "openvino" (.xml and .bin); "torch_export" (.pt2, for `torch.export.load`); or "safetensors", a
             folder in the layout of the Hugging Face hub. Load a safetensors classifier or backbone by
-            `timm.create_model("local-dir:OUT", pretrained=True)` after importing shunted_lit, and a neck by
-            `ShuntedTransformer.from_checkpoint`.
+            `timm.create_model("local-dir:OUT", pretrained=True)` after importing shunted_lit, or a classifier by
+            transformers, and a neck by `ShuntedTransformer.from_pretrained`.
         out: File or folder to write; must not exist. Named after the source by default.
         part: "neck" exports only the neck of a detector or segmenter.
         level: Pyramid level of the neck, where there are several.

@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -18,7 +17,7 @@ from shunted_lit.export.batched_detectors import batch_detector
 from shunted_lit.export.wrappers import NormalizedInput, replace_adaptive_pooling
 from shunted_lit.models.shunted import ShuntedTransformer
 from shunted_lit.models.timm_registry import VARIANTS
-from shunted_lit.models.weights import from_reference_names, infer_neck_keywords, read_checkpoint
+from shunted_lit.models.weights import from_reference_names, read_checkpoint
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
 
 log = logging.getLogger(__name__)
@@ -56,7 +55,7 @@ class ExportTarget:
     takes_images: bool = False
     reference: Callable[[Tensor], Outputs] | None = None
     compare: Callable[[Outputs, Outputs], float] | None = None
-    save_weights: Callable[[Path], None] | None = None
+    save_weights: Callable[[Path], Any] | None = None
 
 
 def build_target(source: str, part: str, level: int | None, options: Mapping[str, Any] | None) -> ExportTarget:
@@ -94,19 +93,9 @@ def build_target(source: str, part: str, level: int | None, options: Mapping[str
 
 
 def neck_target(neck: ShuntedTransformer) -> ExportTarget:
-    block: Any = neck.block[0]
-    groups = block.attn.groups
-    ratios = [group.ratio for group in groups]
-
-    def save_weights(out: Path) -> None:
-        weights = {name: value.contiguous() for name, value in neck.state_dict().items()}
-        heads = {"num_heads": block.attn.num_heads, "qk_scale": groups[0].scale, "ratios": ratios}
-        keywords = {**infer_neck_keywords(weights), **neck.variants, **heads}
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(weights, out / "model.safetensors", {"neck": json.dumps(keywords)})
-
     description = f"features (B, {neck.cin}, H, W) -> output (B, {neck.cin}, H, W)"
-    return ExportTarget(neck, neck.cin, description=description, stride=max(ratios), save_weights=save_weights)
+    stride = max(neck.keywords()["ratios"])
+    return ExportTarget(neck, neck.cin, description=description, stride=stride, save_weights=neck.save_pretrained)
 
 
 def build_backbone(path: str, weights: Mapping[str, Tensor]) -> nn.Module:
@@ -150,6 +139,10 @@ def backbone_target(
             safe_serialization=True,
             data_config={**size, **eval_transform_options(data)} or None,
         )
+        # timm repeats the number of classes in `model_args`, which transformers passes on next to its own.
+        config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config.get("model_args", {}).pop("num_classes", None)
+        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     inputs = "in 0..1" if is_trained else f"normalized by mean {mean} and std {std}"
     return ExportTarget(

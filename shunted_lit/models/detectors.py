@@ -59,12 +59,29 @@ class Pyramid(nn.Module):
         return self.fpn(self.body(x))
 
 
+class GroupNorm(nn.GroupNorm):
+    """torch's GroupNorm for any batch: torch refuses one value per group of one sample, but not of several samples.
+
+    A single value is its own mean, so that the result is the bias. This happens on 1 x 1 maps of narrow pyramids.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class DistributedFCOSHead(FCOSHead):
-    """torchvision's FCOS head with losses averaged over the foreground locations of all ranks.
+    """torchvision's FCOS head for maps of any size, with losses averaged over the foreground locations of all ranks.
 
     torchvision divides by the locations of one rank. Its heads have no public hook for the divisor, so the loss is
     rescaled here.
     """
+
+    def __init__(self, in_channels: int, num_anchors: int, num_classes: int):
+        super().__init__(in_channels, num_anchors, num_classes)
+        for layers in (self.classification_head.conv, self.regression_head.conv):
+            for i, layer in enumerate(layers):
+                if isinstance(layer, nn.GroupNorm):
+                    layers[i] = GroupNorm(layer.num_groups, layer.num_channels, layer.eps)
 
     def compute_loss(self, targets: Any, head_outputs: Any, anchors: Any, matched_idxs: list[Tensor]) -> Any:
         losses = super().compute_loss(targets, head_outputs, anchors, matched_idxs)

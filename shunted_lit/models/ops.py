@@ -40,6 +40,14 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
+def to_channels_last(x: Tensor) -> Tensor:
+    """Lay out an image (B, C, H, W) as channels_last; no copy where it is already.
+
+    The copy is one of tokens: `torch.func.vmap` has no rule for `contiguous(memory_format=torch.channels_last)`.
+    """
+    return to_image(to_tokens(x).contiguous(), (x.shape[2], x.shape[3]))
+
+
 def pad_to_multiple(x: Tensor, r: int) -> Tensor:
     """Pad an image (B, C, H, W) with zeros at the right and bottom so that `r` divides H and W."""
     H, W = x.shape[2], x.shape[3]
@@ -57,6 +65,11 @@ def check_image(x: Tensor, channels: int) -> Tensor:
 
 
 torch.fx.wrap("check_image")  # one call in a symbolic trace, which cannot follow branches
+
+
+def split_channels(x: Tensor, parts: int) -> list[Tensor]:
+    """Split (B, N, C) into equal parts of its channels. One part is `x`: LiteRT converts no split into one."""
+    return [x] if parts == 1 else x.chunk(parts, dim=-1)  # type: ignore[return-value]
 
 
 def split_heads(x: Tensor, num_heads: int) -> Tensor:
@@ -107,12 +120,22 @@ def residual_depthwise_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor 
     return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
 
 
+def is_in_functional_transform() -> bool:
+    """Return whether `torch.func` is at work (`vmap`, `grad`, `jvp`, ...), for which torch has no public function.
+
+    Its transforms have no rule for the fast paths, or a slow one.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
 def can_fuse_gelu(x: Tensor) -> bool:
     """Return whether oneDNN can run a convolution and its GELU in one pass.
 
     The operator has no derivative, so only inference mode may use it; compilers fuse on their own.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_inference_mode_enabled():
+        return False
+    if is_in_functional_transform():
         return False
     plain = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
     has_kernels = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN fuses these dtypes only there
@@ -125,7 +148,7 @@ def can_overwrite(x: Tensor) -> bool:
     The maps of the feed-forward layers are the widest of the network: one copy less allows larger images.
     """
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is Tensor and not torch.is_grad_enabled() and not compiling
+    return type(x) is Tensor and not torch.is_grad_enabled() and not compiling and not is_in_functional_transform()
 
 
 @torch.jit.unused
@@ -146,7 +169,7 @@ def should_recompute(x: Tensor, width: int) -> bool:
     """
     compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
     eager = torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.is_cpu
-    return eager and x.numel() >= width * WIDE
+    return eager and x.numel() >= width * WIDE and not is_in_functional_transform()
 
 
 def recompute_in_backward(width: int) -> Callable[[Method], Method]:

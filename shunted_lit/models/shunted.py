@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from shunted_lit.models import ops
 from shunted_lit.models.ops import Size
-from shunted_lit.models.timm_registry import TimmBackbone
+from shunted_lit.models.timm_registry import TimmBackbone, stage_strides
 from shunted_lit.models.weights import NeckWeights, init_weights
 from shunted_lit.utils.checks import check_fraction, check_minimum
 
@@ -161,7 +161,7 @@ class ShuntedSelfAttention(nn.Module):
 
     def forward(self, x: Tensor, size: Size) -> Tensor:
         """Tokens (B, N, C) of `size` (H, W) -> the same shape."""
-        q = self.q(x).chunk(len(self.groups), dim=-1)
+        q = ops.split_channels(self.q(x), len(self.groups))
         out = torch.cat([group(q[i], x, size) for i, group in enumerate(self.groups)], dim=-1)
         return self.proj_drop(self.proj(out))
 
@@ -298,7 +298,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         image = ops.check_image(x, self.cin)
-        x, size = self.patch_embed(image.contiguous(memory_format=torch.channels_last))
+        x, size = self.patch_embed(ops.to_channels_last(image))
         for block in self.block:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # half a block's activations at a time
                 x = checkpoint(block.attend, x, size, use_reentrant=False)  # type: ignore[arg-type]
@@ -393,6 +393,7 @@ class ShuntedBackbone(TimmBackbone):
         stem, aggregation, local_enhancement, feed_forward: ablation variants by name (see `ablations.py`); the paper's
             are "shunted", "conv", "before" and "detail".
         norm_layer: norms of blocks and stages.
+        output_stride: 8 or 16: patch embeddings that would exceed it have stride 1 (same weights), for DeepLab and PAN.
         device, dtype: of the parameters.
 
     Shape:
@@ -412,7 +413,7 @@ class ShuntedBackbone(TimmBackbone):
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0, stem: str = "shunted",
                  aggregation: str = "conv", local_enhancement: str = "before", feed_forward: str = "detail",
                  norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),  # noqa: B008 - immutable
-                 device=None, dtype=None):  # fmt: skip
+                 output_stride: int | None = None, device=None, dtype=None):  # fmt: skip
         from shunted_lit.models import ablations  # here, because it imports this module
 
         super().__init__()
@@ -428,18 +429,19 @@ class ShuntedBackbone(TimmBackbone):
         dd = ops.factory_keywords(device, dtype)
         parts = ablations.block_parts(aggregation, local_enhancement, feed_forward)
         stem_class = ablations.stem_class(stem)
+        strides = stage_strides(stem_class.stride, len(dims), output_stride)
         rates: Any = calculate_drop_path_rates(drop_path_rate, sum(depths))
         self.in_chans, self.feature_info, stages = in_chans, [], []
         for i, dim in enumerate(dims):
             first, cin = sum(depths[:i]), dims[i - 1] if i else in_chans
-            embed = PatchEmbed(cin, dim, stride=2, **dd) if i else stem_class(cin, dim, num_conv, **dd)
+            stride = strides[i] // strides[i - 1]  # of the patch embedding after the stem: 2, or 1 if dense
+            embed = PatchEmbed(cin, dim, stride, **dd) if i else stem_class(cin, dim, num_conv, **dd)
             config = BlockConfig(
                 num_heads[i], parse_ratios(ratios[i]), mlp_ratios[i], partial(norm_layer, **dd),
                 qkv_bias=qkv_bias, drop=proj_drop_rate, attn_drop=attn_drop_rate, **parts,
             )  # fmt: skip
             stages.append(Stage(cin, dim, embed, drop_path=rates[first : first + depths[i]], config=config, **dd))
-            reduction = stem_class.stride * 2**i
-            self.feature_info.append({"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"})
+            self.feature_info.append({"num_chs": dim, "reduction": strides[i], "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
         self.set_head(dims[-1], num_classes, global_pool, drop_rate, **dd)
         self.init_weights()

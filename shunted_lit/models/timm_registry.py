@@ -152,6 +152,17 @@ class TimmBackbone(ReferenceWeightsMixin):
         )
 
 
+def stage_strides(first: int, stages: int, output_stride: int | None) -> list[int]:
+    """Return the stride of each stage: from that of the stem, doubled by each stage while within `output_stride`."""
+    if output_stride not in (None, 8, 16, 32) or first > (output_stride or first):
+        raise ValueError(f"`output_stride` must be 8, 16 or 32, and at least the stem's {first}, got {output_stride}.")
+    strides = [first]
+    while len(strides) < stages:
+        doubled = 2 * strides[-1]
+        strides.append(strides[-1] if output_stride and doubled > output_stride else doubled)
+    return strides
+
+
 def pretrained_filter(checkpoint: Mapping[str, Any], model: TimmBackbone) -> dict[str, Any]:
     """Return weights under this package's names, for timm to load; timm adapts the stem to other channels.
 

@@ -1,20 +1,28 @@
 """Initial weights, reading and checking of files, and the reference implementation's parameter names."""
 
+import functools
 import json
 import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors
 import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import Self
 
 log = logging.getLogger(__name__)
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of a neck in a folder or on the hub
+HUB_OPTIONS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
 
 
 def init_weights(module: nn.Module) -> None:
@@ -122,13 +130,14 @@ def infer_neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     `num_heads`, `qk_scale`, `norm_layer` and ablation variants cannot be inferred. If the neck has a layer scale,
     `layer_scale` is 0: the initial value is unknown, and loading replaces it.
     """
-    cin = len(weights["patch_embed.proj.weight"])
+    cin, hidden = (len(weights[f"{layer}.weight"]) for layer in ("patch_embed.proj", "block.0.mlp.fc1"))
+    ratio = hidden / cin
     pattern = re.compile(r"block\.0\.attn\.groups\.(\d+)\.sr\.weight")
     groups = sorted((int(match[1]), name) for name in weights if (match := pattern.fullmatch(name)))
     return {
         "cin": cin,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("block.")}),
-        "mlp_ratios": len(weights["block.0.mlp.fc1.weight"]) / cin,
+        "mlp_ratios": ratio if int(cin * ratio) == hidden else (hidden + 0.5) / cin,  # a quotient may be rounded down
         "qkv_bias": "block.0.attn.q.bias" in weights,
         "ratios": tuple(weights[name].shape[-1] for _, name in groups) or (1,),
         **({"layer_scale": 0.0} if "layer_scale.gamma" in weights else {}),
@@ -230,8 +239,126 @@ class ReferenceWeightsMixin(nn.Module):
         return {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
 
 
-class NeckWeights(ReferenceWeightsMixin):
-    """Read a neck's weights from checkpoints of detectors."""
+def find_file(source: str, name: str, options: Mapping[str, Any]) -> Path:
+    """Return the path of a file in a folder, or in a repository of the Hugging Face hub, from which it is downloaded.
+
+    Raises:
+        ValueError: there is no such folder, file or repository, or the hub cannot be reached.
+    """
+    if Path(source).is_dir():
+        if not (file := Path(source) / name).is_file():
+            raise ValueError(f"{source}: a neck's folder must hold {name}; write it with `save_pretrained`.")
+        return file
+    try:
+        return Path(hf_hub_download(source, name, **options))
+    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"{source} must be a folder or a readable repository of the hub: {reason}") from error
+
+
+def describe_norm(norm: nn.Module) -> dict[str, Any]:
+    """Return a norm's class and options as JSON; only the name of a class that torch does not have."""
+    options: dict[str, Any] = {}
+    if isinstance(norm, nn.LayerNorm):
+        options = {"eps": norm.eps, "elementwise_affine": norm.elementwise_affine, "bias": norm.bias is not None}
+    elif isinstance(norm, nn.RMSNorm):
+        options = {"eps": norm.eps, "elementwise_affine": norm.elementwise_affine}
+    return {"name": type(norm).__name__, **options}
+
+
+def decode_keywords(keywords: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the keywords of a neck, with objects in place of the names that a file holds for `norm_layer` and `dtype`.
+
+    Raises:
+        ValueError: a norm that torch does not have, or an unknown dtype.
+    """
+    decoded = dict(keywords)
+    norm, dtype = decoded.get("norm_layer"), decoded.get("dtype")
+    if isinstance(norm, Mapping):
+        name, options = norm.get("name"), {key: value for key, value in norm.items() if key != "name"}
+        if name not in ("LayerNorm", "RMSNorm"):
+            raise ValueError(f"{source}: `norm_layer` is {name}, which a file cannot hold; give it as a keyword.")
+        decoded["norm_layer"] = functools.partial(getattr(nn, name), **options)
+    if isinstance(dtype, str):
+        if not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"{source}: `dtype` must be a dtype of torch, such as float32, got {dtype!r}.")
+        decoded["dtype"] = getattr(torch, dtype)
+    return decoded
+
+
+class NeckWeights(
+    ReferenceWeightsMixin,
+    PyTorchModelHubMixin,
+    library_name="shunted-lit",
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2111.15193",
+):
+    """Read and write a neck: folders and repositories of the Hugging Face hub, and checkpoints of detectors.
+
+    `save_pretrained(folder)` and `push_to_hub(name)` are those of huggingface_hub.
+    """
+
+    if TYPE_CHECKING:
+        patch_embed: Any
+        block: Any
+        norm: nn.Module
+        layer_scale: Any
+        variants: dict[str, str]
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the constructor's keywords of this neck, as JSON holds them."""
+        block = self.block[0]
+        heads = block.attn.groups
+        return {
+            **infer_neck_keywords(self.state_dict()),
+            **self.variants,
+            "num_heads": block.attn.num_heads,
+            "ratios": [group.ratio for group in heads],
+            "qk_scale": heads[0].scale,
+            "drop_rate": block.attn.proj_drop.p,
+            "attn_drop_rate": heads[0].attn_drop,
+            "drop_path_rate": round(getattr(self.block[-1].drop_path, "drop_prob", 0.0), 6),  # was float32
+            "layer_scale": None if self.layer_scale is None else self.layer_scale.init_values,
+            "norm_layer": describe_norm(self.norm),
+            "dtype": str(self.patch_embed.proj.weight.dtype).removeprefix("torch."),
+        }
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write weights and keywords; `save_pretrained` and `push_to_hub` call this hook."""
+        keywords = self.keywords()
+        weights = {name: value.contiguous() for name, value in self.state_dict().items()}
+        save_file(weights, save_directory / WEIGHTS_FILE, {"neck": json.dumps(keywords)})
+        (save_directory / CONFIG_FILE).write_text(json.dumps(keywords, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **keywords: Any) -> Self:
+        """Load a neck that `save_pretrained`, `push_to_hub` or `shunted-lit export` wrote, in eval mode.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the Hugging Face hub.
+            keywords: `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` are those of
+                huggingface_hub; all others override the constructor's keywords in the folder, such as `dtype`.
+
+        Raises:
+            ValueError: a folder, repository or file that is missing or cannot be read, the folder of another model, or
+                weights that do not fit. Only safetensors are read, which cannot run code.
+        """
+        from shunted_lit.models.feature_path import check_neck_keywords  # here, because it imports this module
+
+        source = str(pretrained_model_name_or_path)
+        options = {name: keywords.pop(name) for name in HUB_OPTIONS & keywords.keys()}
+        config, weights = (find_file(source, name, options) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        try:
+            known = json.loads(config.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{config}: not a readable JSON file ({error}).") from None
+        if not isinstance(known, Mapping) or "cin" not in known:
+            raise ValueError(f"{config}: must be that of a neck, but has no `cin`; it is of another model.")
+        decoded = decode_keywords({**known, **keywords}, str(config))
+        check_neck_keywords(decoded)
+        neck = cls(**decoded)
+        neck.load_state_dict(read_checkpoint(weights))
+        return neck.eval()
 
     @classmethod
     def from_checkpoint(cls, path: str | PathLike, level: int | None = None, **keywords: Any) -> Self:
@@ -261,7 +388,7 @@ class NeckWeights(ReferenceWeightsMixin):
         weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         inferred, trained = infer_neck_keywords(weights), content.get("hyper_parameters", {}).get("neck")
         known = inferred if trained is None else {"cin": inferred["cin"], **trained}
-        neck = cls(**{**known, **keywords})
+        neck = cls(**decode_keywords({**known, **keywords}, str(path)))
         neck.load_state_dict(weights)
         return neck.eval()
 

@@ -83,6 +83,7 @@ def test_neck_in_safetensors_keeps_its_heads_and_scale():
     neck_target(neck).save_weights(Path("other"))
     x = torch.randn(1, 16, 6, 5)
     torch.testing.assert_close(ShuntedTransformer.from_checkpoint("other/model.safetensors")(x), neck(x))
+    torch.testing.assert_close(ShuntedTransformer.from_pretrained("other")(x), neck(x))
 
 
 def test_reference_weights_in_safetensors_load_by_timm(tmp_path):
@@ -91,6 +92,30 @@ def test_reference_weights_in_safetensors_load_by_timm(tmp_path):
     model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     expected = timm.create_model("shunted_t", checkpoint_path="ckpt_T.pth")
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("backbone", ["shunted_t", pytest.param("test_resnet", marks=pytest.mark.slow)])
+def test_a_classifier_in_safetensors_loads_in_timm_and_transformers(backbone, tmp_path):
+    import transformers
+
+    options = {"depths": (1, 1, 1, 1), "dims": (16, 32, 64, 64)} if backbone == "shunted_t" else {}
+    task = ClassificationTask(3, ["cat", "dog", "owl"], backbone=backbone, backbone_options=options).eval()
+    main(["export", save_checkpoint(task, "best.ckpt"), "--out=out"])
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = task.model(x)
+        timm_model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+        torch.testing.assert_close(timm_model(x), expected, rtol=0, atol=0)
+        model = transformers.AutoModelForImageClassification.from_pretrained("out")
+        torch.testing.assert_close(model(x).logits, expected, rtol=0, atol=0)
+    assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+
+
+@pytest.mark.parametrize("classes", [0, 7])
+def test_a_backbone_in_safetensors_keeps_its_classes_and_channels(classes, tmp_path):
+    main(["export", "shunted_t", f"--options={{num_classes: {classes}, in_chans: 1}}", "--out=out"])
+    model = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert (model.num_classes, model.in_chans) == (classes, 1)
 
 
 @pytest.mark.parametrize(

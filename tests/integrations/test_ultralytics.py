@@ -67,8 +67,8 @@ def base(tmp_path_factory):
 def with_neck(tmp_path_factory, base):
     """A folder with neck.yaml, the smallest model with a neck, and neck.pt, the same with the weights of the base."""
     folder = tmp_path_factory.mktemp("with_neck")
-    adapter.write_yaml(NANO, folder / "neck.yaml", neck=SMALL)
-    adapter.write_weights(folder / "neck.yaml", folder / "neck.pt", base=str(base))
+    adapter.write_yaml(NANO, str(folder / "neck.yaml"), neck=SMALL)  # strings here, paths in the tests below
+    adapter.write_weights(str(folder / "neck.yaml"), str(folder / "neck.pt"), base=str(base))
     return folder
 
 
@@ -387,6 +387,18 @@ def test_neck_trained_by_fit_is_loaded():
     adapter.write_yaml(NANO, Path("two.yaml"), 10, neck={"depth": 1})
     with pytest.raises(ValueError, match=r"the neck of run.ckpt must have the 2 heads of layer 11, got 4"):
         adapter.write_weights(Path("two.yaml"), Path("two.pt"), neck="run.ckpt")
+
+
+@pytest.mark.slow
+def test_a_neck_leaves_a_yolo_and_enters_another_by_a_folder(with_neck):
+    YOLO(with_neck / "neck.pt").model.model[11].save_pretrained("folder")
+    neck = package.ShuntedTransformer.from_pretrained("folder", dtype=torch.float32)  # a .pt holds half precision
+    assert neck.keywords() == package.ShuntedTransformer(256, layer_scale=0.0, **SMALL).keywords()
+    neck.save_pretrained("float32")
+    adapter.write_weights(str(with_neck / "neck.yaml"), "out.pt", neck="float32/model.safetensors")
+    loaded = YOLO("out.pt").model.model[11].state_dict()
+    for name, value in neck.state_dict().items():
+        torch.testing.assert_close(loaded[name].float(), value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -590,3 +590,13 @@ def test_neck_exports_with_dynamic_sizes(neck):
     for shape in [(2, 8, 5, 5), (3, 8, 13, 6), (2, 8, 8, 40)]:
         x = torch.randn(*shape)
         torch.testing.assert_close(program(x), neck(x), rtol=1e-4, atol=1e-5)
+
+
+def test_exported_attention_splits_nothing_into_one_part():
+    """LiteRT's converter fails at such a split, of any operator that returns a list."""
+    for sr_ratio, heads in {1: 1, 2: 2}.items():
+        neck = ShuntedTransformer(8, 1, sr_ratios=sr_ratio, num_heads=2).eval()
+        graph = torch.export.export(neck, (torch.randn(1, 8, 4, 4),)).run_decompositions().graph
+        users = [[user.target for user in node.users] for node in graph.nodes if "split" in str(node.target)]
+        assert len(users) == (heads > 1) + heads, "queries, and keys and values of each group"
+        assert all(len(targets) == 2 for targets in users)

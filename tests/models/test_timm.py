@@ -243,15 +243,52 @@ def tiny_t():
     return timm.create_model("shunted_t", num_classes=5).eval()
 
 
+SLOW_DECODERS = ("UPerNet", "Segformer", "DeepLabV3", "PAN", "DPT", "Unet")
+
+
 @pytest.mark.parametrize(
-    "decoder", ["FPN", *(pytest.param(name, marks=pytest.mark.slow) for name in ("UPerNet", "Segformer"))]
+    "decoder", ["FPN", "DeepLabV3Plus", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_DECODERS)]
 )
 def test_segmentation_models_pytorch(decoder):
     model = getattr(smp, decoder)(encoder_name="tu-shunted_t", encoder_weights=None, classes=4)
-    out = model(torch.randn(2, 3, 64, 96))
-    assert out.shape == (2, 4, 64, 96)
+    size = (128, 160) if decoder == "PAN" else (64, 96)  # PAN pools its coarsest map three times
+    out = model(torch.randn(2, 3, *size))
+    assert out.shape == (2, 4, *size)
     out.square().mean().backward()
-    assert all(p.grad is not None for n, p in model.encoder.named_parameters() if not n.startswith("model.head"))
+    unused = ("model.head", "model.stages_3") if decoder == "PAN" else ("model.head",)
+    assert all(p.grad is not None for n, p in model.encoder.named_parameters() if not n.startswith(unused))
+
+
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_output_stride_keeps_the_last_maps_large_and_the_weights(output_stride, tiny_t):
+    maps = timm.create_model("shunted_t", features_only=True, output_stride=output_stride)
+    reductions = [min(stride, output_stride) for stride in (4, 8, 16, 32)]
+    assert maps.feature_info.reduction() == reductions
+    out = maps(torch.randn(1, 3, 65, 97))
+    assert [tuple(y.shape[2:]) for y in out] == [(-(-65 // stride), -(-97 // stride)) for stride in reductions]
+    model = timm.create_model("shunted_t", num_classes=5, output_stride=output_stride).eval()
+    model.load_state_dict(tiny_t.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    stem_to_first = reductions.index(output_stride) + 1  # these stages are those of the model without `output_stride`
+    with torch.no_grad():
+        torch.testing.assert_close(model.stages[:stem_to_first](x), tiny_t.stages[:stem_to_first](x))
+        # The next patch embedding samples more densely: every second row and column is that of the other model.
+        x = tiny_t.stages[:stem_to_first](x)
+        dense, dense_size = model.stages[stem_to_first].patch_embed(x)
+        sparse, sparse_size = tiny_t.stages[stem_to_first].patch_embed(x)
+        assert dense_size == (x.shape[2], x.shape[3])
+        every_second = dense.unflatten(1, dense_size)[:, ::2, ::2]
+        torch.testing.assert_close(every_second, sparse.unflatten(1, sparse_size))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "given"), [({"output_stride": 4}, 4), ({"output_stride": 8, "stem": "patch16"}, 8)]
+)
+def test_an_output_stride_that_the_stem_exceeds_or_timm_has_not_is_refused(keywords, given):
+    with pytest.raises(
+        ValueError, match=f"`output_stride` must be 8, 16 or 32, and at least the stem's .*, got {given}"
+    ):
+        timm.create_model("shunted_t", **keywords)
 
 
 def test_torchvision_pyramid_and_retinanet():

@@ -11,7 +11,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import MultiScaleRoIAlign
 
 import shunted_lit
-from shunted_lit.models.detectors import DETECTORS, build_detector, detect
+from shunted_lit.models.detectors import DETECTORS, GroupNorm, build_detector, detect
 from shunted_lit.models.feature_path import FeaturePath
 from shunted_lit.tasks import DetectionTask
 
@@ -68,6 +68,36 @@ def test_rcnns_train_every_parameter_and_predict(name, extra):
         if name == "mask_rcnn":
             assert result["masks"].shape == (len(result["boxes"]), *shape)
             assert result["masks"].dtype == torch.bool
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("fcos", 32),
+        pytest.param("retinanet", 1, marks=pytest.mark.slow),
+        pytest.param("faster_rcnn", 2, marks=pytest.mark.slow),
+        pytest.param("mask_rcnn", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_narrow_pyramids_train_and_predict_on_maps_of_one_place(name, channels):
+    detector = small_detector(name, pyramid_channels=channels, min_size=16, max_size=16, **no_threshold(name))
+    (image, target), other = make_sample(16, 16), torch.rand(3, 16, 16)
+    target["boxes"] = torch.tensor([[0.0, 0, 12, 12], [4, 4, 16, 16]])
+    sum(detector.train()([image], [target]).values()).backward()
+    (alone,), (batched, _) = detect(detector.eval(), [image]), detect(detector, [image, other])
+    assert len(alone["boxes"])
+    torch.testing.assert_close(alone, batched, rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_equals_that_of_torch_and_takes_one_value_per_group():
+    own, torchs = GroupNorm(4, 8), torch.nn.GroupNorm(4, 8)
+    torch.nn.init.normal_(torchs.weight)
+    torch.nn.init.normal_(torchs.bias)
+    own.load_state_dict(torchs.state_dict())
+    x = torch.randn(2, 8, 3, 1)
+    torch.testing.assert_close(own(x), torchs(x), rtol=0, atol=0)
+    own.num_groups = torchs.num_groups = 8
+    torch.testing.assert_close(own(x[:1, :, :1]), torchs(x[:, :, :1])[:1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
