@@ -340,7 +340,7 @@ def test_each_rank_draws_its_own_random_numbers(monkeypatch):
         trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
         monkeypatch.setattr(ClassificationTask, "trainer", trainer)
         model._trainer = trainer
-        model.on_fit_start()
+        model.on_train_start()
         model.on_train_batch_start(None, 0)
         drawn.append((torch.rand(1).item(), np.random.rand()))
     assert drawn[0][0] != drawn[1][0]
