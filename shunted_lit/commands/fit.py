@@ -23,6 +23,7 @@ from shunted_lit.prediction.writers import PredictionWriter
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import import_task_class, required_annotation
 from shunted_lit.training.checkpoint import AtomicCheckpointIO, RunCheckpoint, RunLogger
+from shunted_lit.training.loggers import LOGGERS, check_loggers
 from shunted_lit.training.report import RunReport
 from shunted_lit.training.resume import (
     OPTIMIZER_ARGUMENTS,
@@ -100,6 +101,8 @@ class ShuntedCLI(LightningCLI):
         defaults = {"filename": "best", "mode": "max", "auto_insert_metric_name": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
         parser.add_lightning_class_args(RunReport, "report")
+        loggers = f"Loggers in addition to metrics.csv: {', '.join(LOGGERS)}, or a list of them."
+        parser.add_argument("--loggers", type=str | list[str] | None, default=None, help=loggers)
         parser.add_optimizer_args((Optimizer,))
         parser.add_lr_scheduler_args()
         for name in OPTIMIZER_ARGUMENTS:
@@ -147,9 +150,12 @@ class ShuntedCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         self._check_num_classes()
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
+        check_loggers(names := as_list(config.loggers))
         if trainer.logger is not False and not trainer.fast_dev_run:
             further = [logger for logger in as_list(trainer.logger) if isinstance(logger, Logger)]
-            kwargs["logger"] = [self._create_logger(Path(trainer.default_root_dir or "runs")), *further]
+            run_logger = self._create_logger(Path(trainer.default_root_dir or "runs"))
+            named = [LOGGERS[name](Path(run_logger.log_dir)) for name in names] if process_rank() == 0 else []
+            kwargs["logger"] = [run_logger, *named, *further]
         plugins = as_list(trainer.plugins)
         if self.subcommand == "fit" and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]

@@ -66,6 +66,7 @@ def test_a_learning_rate_below_the_minimum_lowers_the_minimum():
     assert (task.hparams.lr, task.hparams.min_lr) == (1e-7, 1e-7)
 
 
+@pytest.mark.slow
 def test_a_diverging_learning_rate_test_raises_no_error():
     task, data = build("classification")
     trainer = Trainer(max_epochs=2, callbacks=[LearningRateFinder(1.0, 1e30, 30)], **TRAINER)
@@ -74,7 +75,8 @@ def test_a_diverging_learning_rate_test_raises_no_error():
     assert all(value.isfinite().all() for value in task.state_dict().values())
 
 
-@pytest.mark.parametrize("name", EACH_TASK)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TASKS)
 def test_the_batch_size_that_the_tuner_finds_is_used(name):
     task, data = build(name, train_size=16, lr_batch=4)
     trainer = Trainer(max_epochs=2, **TRAINER)
