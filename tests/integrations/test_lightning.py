@@ -4,12 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 import torch
 from helpers.runs import fit
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning, BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.tuner import Tuner
+from nbclient import NotebookClient
 
 from shunted_lit.data import ShapesDataModule
 from shunted_lit.tasks import ClassificationTask, DetectionTask, SegmentationTask
@@ -232,3 +234,11 @@ def test_a_script_trains_without_the_command_line(name, steps):
     done = subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     assert f"steps {steps} score True" in done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "steps"), [("trainer", 2), ("fabric task", 32)])
+def test_a_notebook_trains_without_the_command_line(name, steps):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(SCRIPTS[name])])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    assert f"steps {steps} score True" in "".join(output.get("text", "") for output in notebook.cells[0].outputs)
