@@ -157,7 +157,8 @@ def suggest_class(key: str, name: str) -> str:
 
 def subclass_names(base: type) -> list[str]:
     """Return the names of all subclasses of a class that have been imported."""
-    return [name for cls in base.__subclasses__() for name in (cls.__name__, *subclass_names(cls))]
+    classes: list[type] = base.__subclasses__()
+    return [name for cls in classes for name in (cls.__name__, *subclass_names(cls))]
 
 
 class CommandParser(ArgumentParser):

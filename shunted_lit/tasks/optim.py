@@ -255,7 +255,7 @@ def split_added_groups(optimizer: Optimizer, parameter_groups: Callable[[], list
         if new:
             add({**group, "params": list(new.values())})
 
-    optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+    optimizer.add_param_group = add_param_group  # type: ignore[assignment, method-assign]
 
 
 def configure_optimization(

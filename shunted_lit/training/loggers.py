@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -55,11 +54,10 @@ def check_loggers(names: Sequence[str]) -> None:
 
 def log_picture(logger: Logger, path: Path, step: int) -> None:
     """Add a picture to TensorBoard, W&B or MLflow; other loggers are left as they are."""
-    experiment: Any = logger.experiment
     if isinstance(logger, TensorBoardLogger):
         with Image.open(path) as image:
-            experiment.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            logger.experiment.add_image(path.stem, np.asarray(image.convert("RGB")), step, dataformats="HWC")
     elif isinstance(logger, WandbLogger):
         logger.log_image(path.stem, [str(path)])
     elif isinstance(logger, MLFlowLogger):
-        experiment.log_artifact(logger.run_id, str(path))
+        logger.experiment.log_artifact(logger.run_id, str(path))
