@@ -157,7 +157,8 @@ def import_class(name: str, spec: Mapping[str, Any]) -> Any:
     if not (inspect.isclass(found) and issubclass(found, base)):
         example = {"optimizer": "torch.optim.SGD", "lr_scheduler": "torch.optim.lr_scheduler.StepLR"}[name]
         raise ValueError(
-            f"`{name}.class_path` must be the import path of a {base.__name__}, such as {example}, got {path!r}."
+            f"`{name}.class_path` must be the import path of a subclass of {base.__name__}, such as {example}, got "
+            f"{path!r}."
         )
     return found
 

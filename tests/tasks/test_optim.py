@@ -223,7 +223,7 @@ def test_a_resumed_run_restores_the_state_of_optimizer_and_scheduler():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Adam", "Adagrad", "NAdam", "RMSprop", "Rprop", "Adamax", "SGD", "Lion", "AdaBelief",
-                                  "LaProp", "NovoGrad", "AdafactorBigVision", "MADGRAD", "Adan"])  # fmt: skip
+                                  "LaProp", "NvNovoGrad", "AdafactorBigVision", "MADGRAD", "Adan"])  # fmt: skip
 def test_optimizers_of_torch_and_timm_train(name):
     module = "torch.optim" if hasattr(torch.optim, name) else "timm.optim"
     trainer, _ = train({"optimizer": named(f"{module}.{name}")}, max_epochs=1)
@@ -234,7 +234,7 @@ def test_optimizers_of_torch_and_timm_train(name):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"optimizer": "SGD"}, r"`optimizer` must be a mapping \{class_path: CLASS, init_args: \{...\}\}, got 'SGD'"),
-    ({"optimizer": {"class_path": "torch.optim.SDG"}}, "must be the import path of a Optimizer.*got 'torch.optim.SDG'"),
+    ({"optimizer": {"class_path": "torch.optim.SDG"}}, "a subclass of Optimizer.*got 'torch.optim.SDG'"),
     ({"lr_scheduler": {"class_path": "torch.optim.SGD"}}, "`lr_scheduler.class_path` must be .*LRScheduler"),
     ({"optimizer": named(f"{__name__}.NoRate")}, "`optimizer` must be a class with an argument `lr`.*got NoRate"),
     ({"optimizer": named("torch.optim.SGD", lr=-1)}, "`lr` must be above 0, got -1"),
