@@ -122,6 +122,10 @@ class BaseTask(StopOnNonfinite):
         seed = getattr(getattr(self.trainer, "datamodule", None), "run_seed", None)
         self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32)) if seed is None else seed
         self.was_tuned = self.is_tuning
+        for optimizer in self.trainer.optimizers:  # `BaseFinetuning` leaves what a resumed run had unfrozen frozen
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_()
 
     def on_fit_start(self) -> None:
         """End the tuning: build optimizer and schedule for the learning rate and the batch size that were found."""

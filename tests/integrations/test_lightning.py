@@ -140,6 +140,7 @@ def test_backbone_finetuning_from_the_command_line_unfreezes_and_resumes():
     assert isinstance(cli.trainer.callbacks[0], BackboneFinetuning)
     resumed, _ = fit(*words, "--trainer.max_epochs=3", "--ckpt_path=last")
     assert resumed.trainer.global_step == 6
+    assert all(parameter.requires_grad for parameter in resumed.model.parameters())
     assert len(resumed.trainer.optimizers[0].param_groups) == 3
 
 

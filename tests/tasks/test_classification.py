@@ -337,7 +337,7 @@ def test_each_rank_draws_its_own_random_numbers(monkeypatch):
     model, drawn = small_task(), []
     for rank in (0, 1):
         torch.manual_seed(5)
-        trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
+        trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0, optimizers=[])
         monkeypatch.setattr(ClassificationTask, "trainer", trainer)
         model._trainer = trainer
         model.on_train_start()
