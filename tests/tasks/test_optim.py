@@ -190,8 +190,8 @@ SCHEDULERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["epoch", "one cycle", *(pytest.param(name, marks=pytest.mark.slow)
-                                                          for name in ("cyclic", "plateau"))])  # fmt: skip
+@pytest.mark.parametrize("name", ["epoch", *(pytest.param(name, marks=pytest.mark.slow)
+                                                          for name in ("one cycle", "cyclic", "plateau"))])  # fmt: skip
 def test_a_scheduler_class_steps_at_its_interval(name):
     scheduler, expected = SCHEDULERS[name]
     _, rates = train({"lr_scheduler": scheduler}, max_epochs=2)
