@@ -111,11 +111,14 @@ def explain_parser_error(message: str) -> str:
 
 def explain_type_error(key: str, message: str, reasons: list[str]) -> str:
     """Return one line for a value that has none of the types of its argument."""
-    if missing := re.search(r"Expected a dot import path string: (.*)", message):
-        return f"`{key}`: there is no class {missing[1]!r}{suggest_class(missing[1])}"
+    takes_value = re.search(r"Expected a <class '(?!NoneType)", message)  # as the tensor or number of an optimizer
+    if not takes_value and (missing := re.search(r"Expected a dot import path string: (.*)", message)):
+        return f"`{key}`: there is no class {missing[1]!r}{suggest_class(key, missing[1])}"
     expected: list[str] = []
     choices: list[str] = []
     for reason in reasons:
+        if reason.startswith("Expected a dot import path"):
+            continue
         name = re.match(r"(?:Expected a|Not of type) ([^:]+?)(?:: .*|\. Got value: .*)?$", reason)
         words = TYPES.get(name[1], f"a {name[1]}".replace("typing.", "")) if name else reason
         literal = re.fullmatch(r"a Literal\[(.*)\]", words)
@@ -139,12 +142,23 @@ def suggest_argument(class_path: str, key: str, name: str) -> str:
     return f"{class_name}; {hint}`--{key}.help={class_name}` lists its arguments."
 
 
-def suggest_class(name: str) -> str:
-    """Return a hint at a class of this package with a similar name."""
+def suggest_class(key: str, name: str) -> str:
+    """Return a hint at a class with a similar name: of this package, of an optimizer or of a scheduler."""
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from shunted_lit import data, tasks
 
-    close = difflib.get_close_matches(name, [*tasks.__all__, *data.__all__], n=1)
+    bases = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}
+    known = subclass_names(bases[key]) if key in bases else [*tasks.__all__, *data.__all__]
+    close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; pass the name of a class, or its import path."
+
+
+def subclass_names(base: type) -> list[str]:
+    """Return the names of all subclasses of a class that have been imported."""
+    classes: list[type] = base.__subclasses__()
+    return [name for cls in classes for name in (cls.__name__, *subclass_names(cls))]
 
 
 class CommandParser(ArgumentParser):

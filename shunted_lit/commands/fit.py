@@ -1,5 +1,6 @@
 """`shunted-lit fit`, `validate`, `test` and `predict`: LightningCLI with run folders and resuming."""
 
+import json
 import logging
 import re
 import warnings
@@ -14,6 +15,7 @@ from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from torch.optim import Optimizer
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a module path
 from shunted_lit.commands.errors import CommandParser, process_rank
@@ -21,8 +23,10 @@ from shunted_lit.prediction.writers import PredictionWriter
 from shunted_lit.tasks import BaseTask
 from shunted_lit.tasks.base import import_task_class, required_annotation
 from shunted_lit.training.checkpoint import AtomicCheckpointIO, RunCheckpoint, RunLogger
+from shunted_lit.training.loggers import LOGGERS, check_loggers
 from shunted_lit.training.report import RunReport
 from shunted_lit.training.resume import (
+    OPTIMIZER_ARGUMENTS,
     ResumePlan,
     create_run_folder,
     drop_initial_weights,
@@ -97,6 +101,12 @@ class ShuntedCLI(LightningCLI):
         defaults = {"filename": "best", "mode": "max", "auto_insert_metric_name": False}
         parser.set_defaults({f"checkpoint.{name}": value for name, value in defaults.items()})
         parser.add_lightning_class_args(RunReport, "report")
+        loggers = f"Loggers in addition to metrics.csv: {', '.join(LOGGERS)}, or a list of them."
+        parser.add_argument("--loggers", type=str | list[str] | None, default=None, help=loggers)
+        parser.add_optimizer_args((Optimizer,))
+        parser.add_lr_scheduler_args()
+        for name in OPTIMIZER_ARGUMENTS:
+            parser.link_arguments(name, f"model.init_args.{name}", compute_fn=to_primitive)
         parser.link_arguments("model", "data.init_args.annotation", compute_fn=required_annotation)
         for name in ("num_classes", "class_names"):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
@@ -124,7 +134,8 @@ class ShuntedCLI(LightningCLI):
         requested = dict(config.model.init_args)
         if self.plan.model_arguments:
             model = {"class_path": config.model.class_path, "dict_kwargs": dict(self.plan.model_arguments)}
-            self.config = self.parser.parse_object({subcommand: {"model": model}}, self.config)
+            linked = {name: self.plan.model_arguments.get(name) for name in OPTIMIZER_ARGUMENTS if name in config}
+            self.config = self.parser.parse_object({subcommand: {"model": model, **linked}}, self.config)
         model = self.config[subcommand].model
         changeable = import_task_class(model).evaluation_settings if self.takes_saved_settings else ()
         restore_requested(model.init_args, requested, changeable)
@@ -139,9 +150,12 @@ class ShuntedCLI(LightningCLI):
         self.model.check_data(self.datamodule)
         self._check_num_classes()
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
+        check_loggers(names := as_list(config.loggers))
         if trainer.logger is not False and not trainer.fast_dev_run:
             further = [logger for logger in as_list(trainer.logger) if isinstance(logger, Logger)]
-            kwargs["logger"] = [self._create_logger(Path(trainer.default_root_dir or "runs")), *further]
+            run_logger = self._create_logger(Path(trainer.default_root_dir or "runs"))
+            named = [LOGGERS[name](Path(run_logger.log_dir)) for name in names] if process_rank() == 0 else []
+            kwargs["logger"] = [run_logger, *named, *further]
         plugins = as_list(trainer.plugins)
         if self.subcommand == "fit" and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
@@ -182,6 +196,11 @@ def check_sections(config: Namespace) -> None:
             raise ValueError(f"`{name}` must be a mapping, as in {name}: {{key: value}}, got {config[name]!r}.")
     if config.trainer.check_val_every_n_epoch == 0:
         raise ValueError("`trainer.check_val_every_n_epoch` must be at least 1 or null, got 0.")
+
+
+def to_primitive(config: Namespace | None) -> dict[str, Any] | None:
+    """Return a class and its arguments as a checkpoint stores them: primitive values and lists."""
+    return None if config is None else json.loads(json.dumps(config.as_dict()))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from shunted_lit.data.sampling import RankSampler, SeededDataset, TrainingSampler, ignore_signals_in_worker
 from shunted_lit.data.validation import DataError, LabelCheck, find_damaged_samples
 from shunted_lit.utils.checks import check_minimum
+from shunted_lit.utils.distributed import rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class BaseDataModule(LightningDataModule):
     @functools.cached_property
     def run_seed(self) -> int:
         """Seed of the checkpoint, else of Lightning, else PyTorch's initial one; the same on all ranks."""
-        single = self.trainer is None or self.trainer.world_size == 1
+        single = self.world_size_and_rank()[0] == 1
         default = os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32 if single else 0)
         return int(self.resumed.get("seed", default))
 
@@ -215,24 +216,26 @@ class BaseDataModule(LightningDataModule):
         )
 
     def world_size_and_rank(self) -> tuple[int, int]:
-        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if self.trainer:
+            return self.trainer.world_size, self.trainer.global_rank
+        return world_size(), rank()  # as in Lightning Fabric
 
     def training_sampler(self, epoch: int, start: int = 0) -> TrainingSampler:
         """Return the order of this rank's training images; the first `start` of them were seen."""
-        world_size, rank = self.world_size_and_rank()
+        ranks, own_rank = self.world_size_and_rank()
         return TrainingSampler(
-            self.datasets["train"], world_size, rank, seed=self.run_seed, repeats=self.repeats, epoch=epoch, start=start
+            self.datasets["train"], ranks, own_rank, seed=self.run_seed, repeats=self.repeats, epoch=epoch, start=start
         )
 
     def evaluation_sampler(self, dataset: Any) -> RankSampler | None:
         """Return this rank's share of a data set, consecutive samples; None for a single process."""
-        world_size, rank = self.world_size_and_rank()
+        ranks, own_rank = self.world_size_and_rank()
         count = len(dataset)
-        if world_size == 1:
+        if ranks == 1:
             return None
-        if count < world_size:
-            raise ValueError(f"{world_size} devices need as many images, got {count}; use fewer devices.")
-        return RankSampler(range(rank * count // world_size, (rank + 1) * count // world_size), world_size, rank)
+        if count < ranks:
+            raise ValueError(f"{ranks} devices need as many images, got {count}; use fewer devices.")
+        return RankSampler(range(own_rank * count // ranks, (own_rank + 1) * count // ranks), ranks, own_rank)
 
     def names_of(self, epoch: int, batch_idx: int) -> list[str]:
         """Return the names of the images of a training batch, file names where the images are files."""

@@ -16,7 +16,7 @@ from timm.optim import param_groups_weight_decay
 import shunted_lit
 from shunted_lit.data.base import annotation_covers
 from shunted_lit.tasks.nonfinite import StopOnNonfinite
-from shunted_lit.tasks.optim import OptimizerConfig, configure_adamw, parameters_without_decay
+from shunted_lit.tasks.optim import OptimizerConfig, configure_optimization, parameters_without_decay
 from shunted_lit.utils.distributed import check_equal_on_all_ranks
 from shunted_lit.utils.seeds import seed_step
 
@@ -82,6 +82,7 @@ class BaseTask(StopOnNonfinite):
             )
 
     def setup(self, stage: str) -> None:
+        self.is_tuning, self.was_tuned = stage == "fit", False
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
             self.check_data(data)
@@ -107,9 +108,31 @@ class BaseTask(StopOnNonfinite):
             if saved != current:
                 raise ValueError(f"Class {label} is {saved!r} in the checkpoint, but {current!r} in the data.")
 
-    def on_fit_start(self) -> None:
+    @property
+    def lr(self) -> float:
+        """Peak learning rate; Lightning's LR finder sets it."""
+        return self.optim.peak_lr
+
+    @lr.setter
+    def lr(self, lr: float) -> None:
+        self.optim = self.optim.with_lr(lr)
+        self.hparams.update(asdict(self.optim))
+
+    def on_train_start(self) -> None:
         seed = getattr(getattr(self.trainer, "datamodule", None), "run_seed", None)
         self.run_seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed() % 2**32)) if seed is None else seed
+        self.was_tuned = self.is_tuning
+        for optimizer in self.trainer.optimizers:  # `BaseFinetuning` leaves what a resumed run had unfrozen frozen
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.requires_grad_()
+
+    def on_fit_start(self) -> None:
+        """End the tuning: build optimizer and schedule for the learning rate and the batch size that were found."""
+        self.is_tuning = False
+        if self.was_tuned:
+            self.trainer.should_stop = False
+            self.trainer.strategy.setup_optimizers(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed the step from run, epoch, step and rank, so that a resumed run draws the same random numbers."""
@@ -123,7 +146,7 @@ class BaseTask(StopOnNonfinite):
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Return optimizer groups of the trainable parameters, with `lr_scale` where learning rates differ."""
         names = parameters_without_decay(self)
-        return param_groups_weight_decay(self, self.optim.weight_decay, no_weight_decay_list=names)
+        return param_groups_weight_decay(self, self.optim.decay, no_weight_decay_list=names)
 
     def configure_optimizers(self) -> Any:
-        return configure_adamw(self.optim, self.parameter_groups(), self.trainer)
+        return configure_optimization(self.optim, self.parameter_groups, self.trainer)

@@ -119,12 +119,19 @@ class ClassificationTask(BaseTask):
         self.test_accuracy = self.val_accuracy.clone(prefix="test/")
         self.mean_loss = MeanMetric()  # Lightning's own mean over ranks rounds the images per rank down
 
+    @property
+    def backbone(self) -> nn.Module:
+        """The network without its classifier, which Lightning's `BackboneFinetuning` freezes."""
+        classifiers = self.model.get_classifier()
+        classifiers = classifiers if isinstance(classifiers, tuple) else (classifiers,)
+        return nn.ModuleList(child for child in self.model.children() if set(classifiers).isdisjoint(child.modules()))
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         if self.layer_decay is None:
             return super().parameter_groups()
         names = {name.removeprefix("model.") for name in parameters_without_decay(self)}
         return param_groups_layer_decay(
-            self.model, self.optim.weight_decay, no_weight_decay_list=names, layer_decay=self.layer_decay
+            self.model, self.optim.decay, no_weight_decay_list=names, layer_decay=self.layer_decay
         )
 
     def forward(self, images: Tensor) -> Tensor:

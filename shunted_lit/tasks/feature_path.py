@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from shunted_lit.models.feature_path import FeaturePath, check_weights_source
 from shunted_lit.models.weights import flatten, load_matching_weights, read_checkpoint
 from shunted_lit.tasks.base import BaseTask
@@ -62,6 +64,11 @@ class FeaturePathTask(BaseTask):
             FeaturePath, backbone, pretrained=pretrained, weights=weights, neck=neck, neck_levels=neck_levels,
             freeze_backbone=freeze_backbone, grad_checkpointing=grad_checkpointing, backbone_options=backbone_options,
         )  # fmt: skip
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The timm backbone, which Lightning's `BackboneFinetuning` freezes."""
+        return next(module for module in self.modules() if isinstance(module, FeaturePath)).backbone
 
     def load_network_weights(self, classifiers: Sequence[str], optional: Sequence[str]) -> None:
         """Load the weights of the whole network where `weights` is a file of it.

@@ -15,7 +15,12 @@ class StopOnNonfinite(LightningModule):
 
     No optimizer step is taken and no checkpoint is written with such values. In float16, an overflow is no error: the
     gradient scaler skips the step and lowers its scale; training stops where the scale falls below `MIN_LOSS_SCALE`.
+
+    Lightning's tuners train before `on_fit_start` of the module. Their training stops without an error: the LR finder
+    raises the learning rate until the loss diverges.
     """
+
+    is_tuning = False
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self._current_batch = (batch_idx, batch)
@@ -43,6 +48,9 @@ class StopOnNonfinite(LightningModule):
 
     def _stop(self, reason: str) -> None:
         """Save the batch and raise ValueError with the reason, step, learning rate, images and file."""
+        if self.is_tuning:
+            self.trainer.should_stop = True
+            return
         batch_idx, batch = self._current_batch
         data: Any = getattr(self.trainer, "datamodule", None)
         names = data.names_of(self.current_epoch, batch_idx) if hasattr(data, "names_of") else []

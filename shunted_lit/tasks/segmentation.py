@@ -167,7 +167,7 @@ class SegmentationTask(FeaturePathTask):
         miou = float(iou.nanmean())
         self.log(f"{stage}/miou", miou, prog_bar=True)
         self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()), prog_bar=True)
-        if self.trainer.sanity_checking:
+        if self.trainer.sanity_checking or self.is_tuning:
             return
         if self.best_miou < 0:
             self._warn_of_absent_classes(pixels)

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from shunted_lit.tasks import BaseTask
+from shunted_lit.training.loggers import log_picture
 from shunted_lit.utils.checks import check_minimum
 from shunted_lit.visualization.plots import draw_curves, read_metrics
 
@@ -45,6 +46,9 @@ class RunReport(Callback):
             draw_curves(folder / "curves.png", metrics)
         if isinstance(pl_module, BaseTask):
             self._draw_predictions(folder / "predictions.png", trainer, pl_module)
+        for picture in (folder / "predictions.png", folder / "curves.png"):
+            for logger in trainer.loggers if picture.is_file() else ():
+                log_picture(logger, picture, trainer.global_step)
         self._print_table(folder, metrics, trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

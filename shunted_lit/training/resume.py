@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 LAST_CHECKPOINT = "checkpoints/last.ckpt"  # in the folder of a run
 LINKED_ARGUMENTS = ("num_classes", "class_names", "annotation")  # passed from data to task, or from task to data
+OPTIMIZER_ARGUMENTS = ("optimizer", "lr_scheduler")  # passed from the top level of a config to the task
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def settings_from_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]
         size = trained.get("image_size", trained.get("size"))
         data["init_args"] = {**eval_transform_options(trained), "image_size": size}
     if not predicts:
-        arguments = {name: value for name, value in arguments.items() if name not in LINKED_ARGUMENTS}
+        linked = {*LINKED_ARGUMENTS, *OPTIMIZER_ARGUMENTS}
+        arguments = {name: value for name, value in arguments.items() if name not in linked}
         known = {k: value for k, value in trained.items() if not k.startswith("_") and k not in LINKED_ARGUMENTS}
         data = {"class_path": trained.get("_class_path"), "init_args": known}
     settings = {"model": {"class_path": f"shunted_lit.tasks.{content['task']}", "init_args": arguments}, "data": data}

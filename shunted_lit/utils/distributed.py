@@ -12,6 +12,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the rank of this process, 0 outside a distributed run."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def loss_denominator(count: Tensor) -> Tensor:
     """Return what a rank divides its summed loss by. All ranks must call it.
 

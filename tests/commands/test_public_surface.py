@@ -78,7 +78,8 @@ def options(command):
         main([command, "--help"])
     words = {word.split("=")[0].strip("[],") for word in output.getvalue().split() if word.startswith(("--", "[--"))}
     prefixes = tuple(f"--{group}" for group in OWN[command])
-    plain = ("--config", "--ckpt_path", "--seed_everything", "--model", "--data", "--decode")
+    plain = ("--config", "--ckpt_path", "--seed_everything", "--model", "--data", "--decode", "--loggers",
+             "--optimizer", "--lr_scheduler")  # fmt: skip
     return sorted(word for word in words if word in plain or (prefixes and word.startswith(prefixes)))
 
 

@@ -189,12 +189,16 @@ def test_options_in_the_text_exist(configs, capsys):
     calls += [["yolo", "yaml", "--help"], ["yolo", "weights", "--help"]]
     calls += [["fit", "--model.help", name] for name in TASKS]
     calls += [["fit", "--data.help", name] for name in shunted_lit.data.__all__ if not name.startswith("Base")]
+    calls += [
+        ["fit", "--optimizer.help", "SGD"],
+        ["fit", "--lr_scheduler.help", "lightning.pytorch.cli.ReduceLROnPlateau"],
+    ]
     for words in calls:
         with pytest.raises(SystemExit):
             main(words)
     known = set(re.findall(r"--([a-z][\w.-]*)", capsys.readouterr().out))
-    # Keywords of the neck and of torch's programs have no help of their own here.
-    others = {"max-restarts", "trainer.strategy.ddp_comm_hook", "trainer.callbacks.decay"}
+    # Keywords of the neck and of other programs have no help of their own here.
+    others = {"max-restarts", "trainer.strategy.ddp_comm_hook", "trainer.callbacks.decay", "logdir"}
     unknown = {option for option in mentioned - known - others if not re.match(r"(model\.)?neck\.", option)}
     assert len(mentioned) > 40
     assert not unknown

@@ -337,10 +337,10 @@ def test_each_rank_draws_its_own_random_numbers(monkeypatch):
     model, drawn = small_task(), []
     for rank in (0, 1):
         torch.manual_seed(5)
-        trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0)
+        trainer = SimpleNamespace(world_size=2, global_rank=rank, current_epoch=0, optimizers=[])
         monkeypatch.setattr(ClassificationTask, "trainer", trainer)
         model._trainer = trainer
-        model.on_fit_start()
+        model.on_train_start()
         model.on_train_batch_start(None, 0)
         drawn.append((torch.rand(1).item(), np.random.rand()))
     assert drawn[0][0] != drawn[1][0]
