@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a module path
+from shunted_lit.commands.configs import resolve_config_options
 from shunted_lit.commands.errors import CommandParser, process_rank
 from shunted_lit.prediction.writers import PredictionWriter
 from shunted_lit.tasks import BaseTask
@@ -231,7 +232,7 @@ def run_trainer(args: Sequence[str]) -> ShuntedCLI:
         },
         parser_class=TrainerParser,
         auto_configure_optimizers=False,
-        args=list(args),
+        args=resolve_config_options(args),
     )
 
 
