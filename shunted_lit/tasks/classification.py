@@ -164,8 +164,7 @@ class ClassificationTask(BaseTask):
         accuracy.update(logits, labels)
         self.mean_loss.update(F.cross_entropy(logits, labels, reduction="none"))
         self.log(f"{stage}/loss", self.mean_loss, batch_size=len(images))
-        for name, metric in accuracy.items():
-            self.log(name, metric, prog_bar=name.endswith("acc1"), batch_size=len(images))
+        self.log_dict(accuracy, prog_bar=True, batch_size=len(images))
 
     def draw(self, path: Path, samples: Sequence[tuple[Tensor, int]]) -> None:
         images, labels = zip(*samples, strict=True)

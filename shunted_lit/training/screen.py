@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
-SPLITS = {"train": "training", "val": "validation", "predict": "prediction"}
+SPLITS = {"train": "training ", "val": "validation ", "predict": ""}
 
 
 class RunSummary(Callback):
@@ -35,10 +35,14 @@ def describe_data(data: Any) -> str:
         return type(data).__name__ if data else ""
     sizes = []
     for split, dataset in datasets.items():
-        objects = f" with {dataset.count_objects():,} objects" if hasattr(dataset, "count_objects") else ""
-        sizes.append(f"{len(dataset):,} {SPLITS.get(split, split)} images{objects}")
+        objects = f" with {count(dataset.count_objects(), 'object')}" if hasattr(dataset, "count_objects") else ""
+        sizes.append(count(len(dataset), f"{SPLITS.get(split, f'{split} ')}image") + objects)
     classes = [] if "predict" in datasets else [describe_classes(data.class_names)]
     return f"{type(data).__name__}: {', '.join([*classes, *sizes])}"
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def describe_classes(names: list[str]) -> str:
