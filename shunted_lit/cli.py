@@ -37,12 +37,19 @@ def main(args: Sequence[str] | None = None) -> Any:
     return find_command(args[0]).run(args[1:])
 
 
+class StderrHandler(logging.Handler):
+    """Write messages to the current `sys.stderr`: a progress bar replaces it, so that they appear above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def command() -> None:
     """Run the console script: an error that users can correct is one line on stderr and exit code 2."""
     from shunted_lit.commands.errors import describe_error, process_rank, program_name
 
     name, rank = program_name(), process_rank()
-    logging.basicConfig(format=f"{name}: %(message)s" if rank else "%(message)s")
+    logging.basicConfig(format=f"{name}: %(message)s" if rank else "%(message)s", handlers=[StderrHandler()])
     level = logging.WARNING if rank else logging.INFO  # rank 0 reports what all ranks have in common
     logging.getLogger("shunted_lit").setLevel(level)
     logging.getLogger("timm.models._builder").setLevel(level)  # reports which pretrained weights were used

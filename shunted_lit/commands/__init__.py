@@ -53,6 +53,8 @@ COMMANDS = {
                 "shunted_lit.commands.fit:test"),
         Command("study", TRAIN, "Train several configs with several seeds and compare the scores.",
                 "shunted_lit.commands.study:study", True),
+        Command("configs", TRAIN, "List the configs that are installed with this package, or copy one.",
+                "shunted_lit.commands.configs:configs", True),
         Command("predict", PREDICT, "Predict images with a checkpoint and write pictures, labels and tables.",
                 "shunted_lit.commands.fit:predict"),
         Command("export", PREDICT, "Export a network to ONNX, OpenVINO, torch.export or safetensors.",

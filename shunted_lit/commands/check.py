@@ -5,6 +5,7 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from shunted_lit.commands.configs import resolve_config_options
 from shunted_lit.commands.errors import CommandParser
 from shunted_lit.data import BaseDataModule
 from shunted_lit.data.base import annotation_covers
@@ -37,7 +38,7 @@ def parse_data(parser: ArgumentParser, args: Sequence[str]) -> tuple[BaseDataMod
     Raises:
         ValueError: the data lack the labels that the task needs.
     """
-    config = parser.parse_args(list(args))
+    config = parser.parse_args(resolve_config_options(args))
     needed, config.model = required_annotation(config.model), None
     data = parser.instantiate(config).data
     if needed and not annotation_covers(data.annotation, needed):

@@ -13,11 +13,13 @@ from typing import Any
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from torch.optim import Optimizer
 
 from shunted_lit import data, tasks  # noqa: F401 - once imported, YAML may name their classes without a module path
+from shunted_lit.commands.configs import resolve_config_options
 from shunted_lit.commands.errors import CommandParser, process_rank
 from shunted_lit.prediction.writers import PredictionWriter
 from shunted_lit.tasks import BaseTask
@@ -35,6 +37,7 @@ from shunted_lit.training.resume import (
     restore_requested,
     run_version,
 )
+from shunted_lit.training.screen import RunProgressBar, RunSummary
 
 # Description and examples of each command.
 HELP = {
@@ -145,6 +148,14 @@ class ShuntedCLI(LightningCLI):
         trainer = config.trainer
         if self.subcommand == "predict" or trainer.logger is False:  # there is no run folder for config.yaml
             self.save_config_callback = None
+        if getattr(self.datamodule, "num_workers", 0) is None:  # our choice, which users need not change
+            warnings.filterwarnings("ignore", ".* does not have many workers")
+        callbacks = as_list(trainer.callbacks)
+        if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.insert(0, RunProgressBar())
+        if trainer.enable_model_summary is None:
+            callbacks.insert(0, RunSummary())
+        kwargs |= {"callbacks": callbacks, "enable_model_summary": bool(trainer.enable_model_summary)}
         if self.subcommand == "predict":
             return super().instantiate_trainer(logger=False, **kwargs)
         self.model.check_data(self.datamodule)
@@ -159,7 +170,12 @@ class ShuntedCLI(LightningCLI):
         plugins = as_list(trainer.plugins)
         if self.subcommand == "fit" and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            if "`devices`" not in str(error):
+                raise
+            raise ValueError(f"{error} Got `trainer.devices` {trainer.devices}.") from error
 
     def _check_num_classes(self) -> None:
         requested = self.config[self.subcommand].model.init_args.get("num_classes")
@@ -196,6 +212,11 @@ def check_sections(config: Namespace) -> None:
             raise ValueError(f"`{name}` must be a mapping, as in {name}: {{key: value}}, got {config[name]!r}.")
     if config.trainer.check_val_every_n_epoch == 0:
         raise ValueError("`trainer.check_val_every_n_epoch` must be at least 1 or null, got 0.")
+    devices = config.trainer.devices
+    if isinstance(devices, str) and not re.fullmatch(r"auto|-1|\d+(,\d+)*,?", devices):
+        raise ValueError(
+            f"`trainer.devices` must be auto, a number of devices, or their indices such as 0,1, got {devices}."
+        )
 
 
 def to_primitive(config: Namespace | None) -> dict[str, Any] | None:
@@ -209,8 +230,11 @@ def as_list(value: Any) -> list[Any]:
     return [entry for entry in values if entry is not None]
 
 
-def is_no_advertisement(record: logging.LogRecord) -> bool:
-    return not re.search("litlogger|litmodels", record.getMessage())
+def is_useful(record: logging.LogRecord) -> bool:
+    """Return whether a message of Lightning is neither an advertisement nor about what a run does anyway."""
+    return not re.search(
+        r"litlogger|litmodels|^[TH]PU available: False|^Seed set to|stopped: `max_(epochs|steps)=", record.getMessage()
+    )
 
 
 def run_trainer(args: Sequence[str]) -> ShuntedCLI:
@@ -225,7 +249,10 @@ def run_trainer(args: Sequence[str]) -> ShuntedCLI:
     """
     for message in HIDDEN_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_no_advertisement)
+    for package in ("pytorch.utilities.rank_zero", "fabric.utilities.rank_zero", "fabric.utilities.seed"):
+        logging.getLogger(f"lightning.{package}").addFilter(is_useful)
+    if logging.getLogger().hasHandlers():  # otherwise each message is printed twice
+        logging.getLogger("lightning").handlers.clear()
     subcommands = {
         name: {
             "description": description,
@@ -250,7 +277,7 @@ def run_trainer(args: Sequence[str]) -> ShuntedCLI:
         },
         parser_class=TrainerParser,
         auto_configure_optimizers=False,
-        args=list(args),
+        args=resolve_config_options(args),
     )
 
 

@@ -189,7 +189,7 @@ def write_split(out: Path, data: Any, split: str, samples: int) -> None:
     if split == "train":  # otherwise a shard, and so a training batch, would have images of one class
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     rows = [row.tolist() for row in order.split(samples)]
-    loader = DataLoader(ShardDataset(out, dataset, rows), batch_size=None, num_workers=data.num_workers)
+    loader = DataLoader(ShardDataset(out, dataset, rows), batch_size=None, num_workers=data.num_workers_for(dataset))
     console = Console(stderr=True)
     sizes = list(track(loader, f"Writing {split}", len(rows), transient=True, console=console,
                        disable=not console.is_terminal))  # fmt: skip

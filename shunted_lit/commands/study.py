@@ -11,6 +11,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from shunted_lit.commands.configs import resolve_path
 from shunted_lit.training.study import Scores, StudyRun, score_names, summarize
 from shunted_lit.utils.checks import check_minimum
 from shunted_lit.utils.files import lock_folder
@@ -30,7 +31,7 @@ def study(
 
     Args:
         configs: A YAML file, a folder of them, or a list of both: '[configs/ablations, mine.yaml]'. The names of the
-            files label the results.
+            files label the results. Where a path does not exist, the shipped config or folder of this name is used.
         seeds: Number of seeds; each config is trained with 0, 1, ... below this number.
         out: Folder of the results, with a folder for each run.
         options: Further arguments for all runs, such as '["--trainer.max_time=00:00:05:00"]' for equal time.
@@ -69,17 +70,16 @@ def study(
 
 
 def list_configs(paths: Sequence[Path]) -> list[Path]:
-    """Return the YAML files among paths of files and folders.
+    """Return the YAML files among paths of files and folders, and names of shipped ones.
 
     Raises:
         ValueError: there is none, a file does not exist, or two files have one name.
     """
-    files = [file for path in paths for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
+    found = [resolve_path(path, folders=True) for path in paths]
+    files = [file for path in found for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
     if not files:
         where = ", ".join(map(str, paths)) or "an empty list"
         raise ValueError(f"`configs` must name YAML files or folders of them; there are none in {where}.")
-    if missing := [file for file in files if not file.is_file()]:
-        raise ValueError(f"{missing[0]}: no such config; name YAML files or folders of them.")
     names = [file.stem for file in files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Names of configs must differ, but two are called {repeated[0]}; rename one.")

@@ -1,5 +1,6 @@
 """`shunted-lit yolo`: Ultralytics models with the neck."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,4 +44,5 @@ def yolo(args: Sequence[str]) -> Any:
     try:
         return cfg.entrypoint()
     except SyntaxError as error:  # raised for words that Ultralytics does not know
-        raise ValueError(f"{str(error).strip()} See `shunted-lit yolo --help`.") from None
+        message = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()  # without colours
+        raise ValueError(f"{message} See `shunted-lit yolo --help`.") from None

@@ -35,6 +35,18 @@ def collate(samples: list[tuple[Tensor, Any]]) -> tuple[list[Tensor], list[Any]]
     return list(images), list(targets)
 
 
+def choose_num_workers(samples: int, processes: int = 1) -> int:
+    """Return a number of worker processes that suits the processors available to this process.
+
+    Args:
+        samples: Number of samples to load; below 64, starting workers takes longer than loading.
+        processes: Number of processes that load data on this machine.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS and Windows
+    processors = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(processors // processes, 8) if samples >= 64 else 0
+
+
 class BaseDataModule(LightningDataModule):
     """Base of the data modules.
 
@@ -53,7 +65,8 @@ class BaseDataModule(LightningDataModule):
 
     Args:
         batch_size: Batch size per device.
-        num_workers: Number of processes per device that load and augment images.
+        num_workers: Number of processes per device that load and augment images; null: the available processors divided
+            by the devices of this machine, at most 8, and 0 for fewer than 64 images.
         check_images: Whether to read the headers of all files before training, to report damaged ones at the start;
             generated scenes have no files.
         skip_damaged: Number of damaged training images to skip with a warning; each is replaced by the next image. One
@@ -72,7 +85,7 @@ class BaseDataModule(LightningDataModule):
         self,
         *,
         batch_size: PositiveInt = 16,
-        num_workers: NonNegativeInt = 2,
+        num_workers: NonNegativeInt | None = None,
         check_images: bool = True,
         skip_damaged: NonNegativeInt = 0,
     ):
@@ -194,7 +207,7 @@ class BaseDataModule(LightningDataModule):
             self.label_faults = None
         if not hasattr(dataset, "check_header"):
             return label_faults, []
-        return label_faults, find_damaged_samples(dataset, self.num_workers, decode, split)
+        return label_faults, find_damaged_samples(dataset, self.num_workers_for(dataset), decode, split)
 
     def teardown(self, stage: str) -> None:
         if stage == "fit" and self.seeded is not None and (skipped := self.seeded.skipped()):
@@ -202,13 +215,20 @@ class BaseDataModule(LightningDataModule):
             names += ", ..." if len(skipped) > 5 else ""
             log.warning("%d of %d training images were damaged and skipped: %s", len(skipped), len(self.seeded), names)
 
+    def num_workers_for(self, dataset: Any) -> int:
+        """Return the number of worker processes that load a data set on this device."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return choose_num_workers(len(dataset), self.trainer.num_devices if self.trainer else 1)
+
     def build_loader(self, dataset: Dataset[Any], **options: Any) -> DataLoader[Any]:
         """Build a loader that reads a data set in order; `options` are passed to DataLoader."""
+        num_workers = self.num_workers_for(dataset)
         return DataLoader(
             dataset,
             batch_size=self.batch_size,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             worker_init_fn=ignore_signals_in_worker,
             pin_memory=torch.cuda.is_available(),
             collate_fn=self.collate_fn,

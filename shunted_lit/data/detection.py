@@ -117,6 +117,9 @@ class FolderDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         return self.transform(*self.read(index))
 
+    def count_objects(self) -> int:
+        return sum(len(record.labels) for record in self.records)
+
     def name_of(self, index: int) -> str:
         return str(self.records[index].path)
 

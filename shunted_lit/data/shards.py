@@ -408,7 +408,7 @@ class ShardsDataModule(BaseDataModule):
         faults = self.shards[split].find_faults()
         if faults or not decode:
             return faults, []
-        return [], find_damaged_samples(self.dataset(split), self.num_workers, True, split)
+        return [], find_damaged_samples(self.dataset(split), self.num_workers_for(self.dataset(split)), True, split)
 
 
 class ClassificationShardsDataModule(ShardsDataModule, ClassificationDataModule):

@@ -145,4 +145,4 @@ class DetectionTask(FeaturePathTask):
             for name in self.METRICS:
                 if scores[name] == -1 and box_scores[name] != -1:  # there are objects, but no mask was predicted
                     scores[name] = box_scores[name].new_zeros(())
-                self.log(f"{stage}/{prefix}{name}", scores[name].float(), prog_bar=name in ("map", "map_50"))
+                self.log(f"{stage}/{prefix}{name}", scores[name].float(), prog_bar=name == "map")

@@ -166,7 +166,7 @@ class SegmentationTask(FeaturePathTask):
             raise ValueError(f"Masks must have a class on at least one pixel, but all pixels are {IGNORED} (no class).")
         miou = float(iou.nanmean())
         self.log(f"{stage}/miou", miou, prog_bar=True)
-        self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()), prog_bar=True)
+        self.log(f"{stage}/pixel_acc", float(hits.sum() / pixels.sum()))
         if self.trainer.sanity_checking or self.is_tuning:
             return
         if self.best_miou < 0:

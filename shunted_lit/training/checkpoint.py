@@ -55,7 +55,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class RunLogger(CSVLogger):
-    """CSVLogger that writes each row at once and no row twice.
+    """CSVLogger that writes each row at once, no row twice, and no hparams.yaml: config.yaml has all settings.
 
     Args:
         root: folder of the runs.
@@ -76,6 +76,9 @@ class RunLogger(CSVLogger):
         if row != self.last_row:
             self.last_row = row
             super().log_metrics(metrics, step)
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Write nothing."""
 
     @rank_zero_only
     def remove_rows_from(self, folder: Path, step: int) -> None:

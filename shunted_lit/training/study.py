@@ -47,7 +47,7 @@ class StudyRun:
     def is_done(self) -> bool:
         """Return whether complete scores are stored."""
         try:
-            return bool(self.read_scores())
+            return any(name.startswith("val/") for name in self.read_scores())
         except (OSError, ValueError):
             return False
 
@@ -58,7 +58,7 @@ class StudyRun:
         """Train from the first step, also after an interruption, and store the best score of each metric.
 
         Raises:
-            ValueError: the training failed, with the last error of its log.
+            ValueError: the training failed, with the last error of its log, or it has no validation score.
         """
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
@@ -80,6 +80,11 @@ class StudyRun:
             best = min(values) if name.endswith("loss") else max(values)
             if name.startswith("val/") and best != -1:  # torchmetrics: there is no such object
                 scores[name] = best
+        if not scores:
+            raise ValueError(
+                f"{self.config}, seed {self.seed}: a study compares val/ scores, but the run has none; check "
+                f"`trainer.limit_val_batches` and `trainer.check_val_every_n_epoch`, and see {log}."
+            )
         self.done.write_text(json.dumps({**scores, "minutes": (time.monotonic() - start) / 60}), encoding="utf-8")
 
 

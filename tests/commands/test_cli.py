@@ -320,7 +320,7 @@ def test_scenes_writes_coco_annotations(tmp_path):
 # --- help
 
 IN_HELP = ["fit", "validate", "test", "predict", "export", "benchmark", "attention", "cost", "study", "check", "scenes",
-           "digits", "shard", "yolo"]  # fmt: skip
+           "digits", "shard", "yolo", "configs"]  # fmt: skip
 
 
 @pytest.mark.parametrize("args", [[], ["--help"], ["-h"], ["help"]])

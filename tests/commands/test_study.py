@@ -100,6 +100,19 @@ def test_the_best_loss_is_the_lowest(tmp_path, monkeypatch):
     assert (scores["val/loss"], scores["val/acc1"]) == (0.3, 0.9)
 
 
+def test_runs_without_validation_scores_are_reported_in_one_line(monkeypatch):
+    def fit(command, **_):
+        folder = Path(command[-1].partition("=")[2]) / "version_0"
+        folder.mkdir()
+        (folder / "metrics.csv").write_text("epoch,step,train/loss\n0,1,2.5\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr("shunted_lit.training.study.subprocess.run", fit)
+    with pytest.raises(ValueError, match=r"^.*a study compares val/ scores, but the run has none; check .*log\.txt\.$"):
+        main(["study", "[configs/with.yaml]", "--seeds=1"])
+    assert not Path("study/with/seed_0/done.json").exists()
+
+
 def test_summary_is_mean_and_standard_deviation():
     summary = summarize({"a": [{"x": 1.0, "y": 2.0}, {"x": 3.0}], "b": [{"x": 5.0}]})
     assert summary == [
@@ -138,7 +151,7 @@ def test_runs_of_another_config_or_other_options_are_rejected(monkeypatch):
     ("arguments", "message"),
     [
         (["[]"], "`configs` must name YAML files .*; there are none in an empty list"),
-        (["[none.yaml]"], r"none\.yaml: no such config; name YAML files"),
+        (["[none.yaml]"], r"none\.yaml does not exist, and no shipped config has this name"),
         (["[empty]"], "`configs` must name YAML files .*; there are none in empty"),
         (["[configs, configs/with.yaml]"], "two are called with; rename one"),
         (["[configs]", "--seeds=0"], "`seeds` must be at least 1, got 0"),

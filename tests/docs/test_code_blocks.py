@@ -27,6 +27,7 @@ TRAINING = "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.limit_tra
 EVALUATION = "--trainer.limit_val_batches 1 --data.num_workers 0 --trainer.enable_progress_bar false"
 SMALLER = {
     "configs/neck.yaml": "--model.backbone test_resnet --model.neck.depth 1 --model.pyramid_channels 32",
+    "neck.yaml": "--model.backbone test_resnet --model.neck.depth 1 --model.pyramid_channels 32",
     "check": "--data.num_workers 0",
     "fit": f"{TRAINING} {EVALUATION} --report.images 1",
     "predict": "--trainer.enable_progress_bar false --data.num_workers 0",
@@ -35,7 +36,20 @@ SMALLER = {
 }
 FIRST_RUN = ["shunted-lit", "fit", "--config", "configs/neck.yaml"]
 TASKS = ["ClassificationTask", "DetectionTask", "SegmentationTask"]
-COMMANDS = ["attention", "benchmark", "check", "cost", "digits", "export", "fit", "predict", "scenes", "shard", "study"]
+COMMANDS = [
+    "attention",
+    "benchmark",
+    "check",
+    "configs",
+    "cost",
+    "digits",
+    "export",
+    "fit",
+    "predict",
+    "scenes",
+    "shard",
+    "study",
+]
 
 
 @dataclass
@@ -86,7 +100,7 @@ def parse(words: list[str]) -> None:
             for word in words:
                 if word.startswith(("tests/", "configs/", "docs/")) and "_build" not in word:
                     assert list(ROOT.glob(word)), f"{word} does not exist"
-        case ["export" | "source" | "pre-commit" | ".ci/run", *_] | []:
+        case ["export" | "source" | "pre-commit" | ".ci/run" | ".ci/lowest_versions", *_] | []:
             pass
         case _:
             raise AssertionError(f"no check for the command {shlex.join(words)}")
