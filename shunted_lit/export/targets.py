@@ -137,10 +137,10 @@ def backbone_target(
             model_config={"label_names": names} if names else None,
             model_args=options or None,
             safe_serialization=True,
-            data_config={**size, **eval_transform_options(data)} or None,
         )
-        # timm repeats the number of classes in `model_args`, which transformers passes on next to its own.
         config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+        config["pretrained_cfg"].update({**size, **eval_transform_options(data)})
+        # timm repeats the number of classes in `model_args`, which transformers passes on next to its own.
         config.get("model_args", {}).pop("num_classes", None)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
