@@ -150,12 +150,7 @@ class ShuntedCLI(LightningCLI):
             self.save_config_callback = None
         if getattr(self.datamodule, "num_workers", 0) is None:  # our choice, which users need not change
             warnings.filterwarnings("ignore", ".* does not have many workers")
-        callbacks = as_list(trainer.callbacks)
-        if trainer.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.insert(0, RunProgressBar())
-        if trainer.enable_model_summary is None:
-            callbacks.insert(0, RunSummary())
-        kwargs |= {"callbacks": callbacks, "enable_model_summary": bool(trainer.enable_model_summary)}
+        kwargs |= {"callbacks": add_screen(trainer), "enable_model_summary": bool(trainer.enable_model_summary)}
         if self.subcommand == "predict":
             return super().instantiate_trainer(logger=False, **kwargs)
         self.model.check_data(self.datamodule)
@@ -163,9 +158,9 @@ class ShuntedCLI(LightningCLI):
         config.checkpoint.monitor = config.checkpoint.monitor or self.model.monitor
         check_loggers(names := as_list(config.loggers))
         if trainer.logger is not False and not trainer.fast_dev_run:
-            further = [logger for logger in as_list(trainer.logger) if isinstance(logger, Logger)]
-            run_logger = self._create_logger(Path(trainer.default_root_dir or "runs"))
+            run_logger = self._create_run_logger(Path(trainer.default_root_dir or "runs"))
             named = [LOGGERS[name](Path(run_logger.log_dir)) for name in names] if process_rank() == 0 else []
+            further = [logger for logger in as_list(trainer.logger) if isinstance(logger, Logger)]
             kwargs["logger"] = [run_logger, *named, *further]
         plugins = as_list(trainer.plugins)
         if self.subcommand == "fit" and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -185,7 +180,7 @@ class ShuntedCLI(LightningCLI):
                 f"{requested}; leave it out."
             )
 
-    def _create_logger(self, root: Path) -> RunLogger:
+    def _create_run_logger(self, root: Path) -> RunLogger:
         """Return the logger of the continued run, or of a new one, whose folder rank 0 creates."""
         if self.plan.run_folder:
             if (self.plan.run_folder / "config.yaml").is_file():  # keep the config with which the run started
@@ -222,6 +217,14 @@ def check_sections(config: Namespace) -> None:
 def to_primitive(config: Namespace | None) -> dict[str, Any] | None:
     """Return a class and its arguments as a checkpoint stores them: primitive values and lists."""
     return None if config is None else json.loads(json.dumps(config.as_dict()))
+
+
+def add_screen(trainer: Namespace) -> list[Any]:
+    """Return the callbacks of a Trainer's config with our summary and progress bar, unless the user chose others."""
+    callbacks = as_list(trainer.callbacks)
+    has_bar = trainer.enable_progress_bar is False or any(isinstance(entry, ProgressBar) for entry in callbacks)
+    summary = [RunSummary()] if trainer.enable_model_summary is None else []
+    return [*summary, *([] if has_bar else [RunProgressBar()]), *callbacks]
 
 
 def as_list(value: Any) -> list[Any]:
