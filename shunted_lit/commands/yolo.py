@@ -45,4 +45,5 @@ def yolo(args: Sequence[str]) -> Any:
         return cfg.entrypoint()
     except SyntaxError as error:  # raised for words that Ultralytics does not know
         message = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()  # without colours
-        raise ValueError(f"{message} See `shunted-lit yolo --help`.") from None
+        reason = message.splitlines()[0]  # older versions add their whole help
+        raise ValueError(f"{reason} See `shunted-lit yolo --help`.") from None
