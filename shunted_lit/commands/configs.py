@@ -12,24 +12,27 @@ import shunted_lit
 log = logging.getLogger(__name__)
 
 
-def configs(*, copy: str | None = None, out: Path = Path()) -> None:
+def configs(*, copy: str | None = None, out: Path | None = None) -> None:
     """List the configs that are installed with this package, or copy one.
 
     `--config NAME` and `study` take their names wherever no file of this name lies in the current folder.
 
     Args:
         copy: Name of the config to copy, such as neck.yaml; nothing is overwritten.
-        out: Folder of the copy.
+        out: Folder of the copy; by default the current one.
 
     Raises:
-        ValueError: There is no such config, or the copy exists.
+        ValueError: There is no such config, the copy exists, or there is a folder but nothing to copy.
     """
     if copy is None:
+        if out is not None:
+            raise ValueError(f"`out` must come with the config to copy, got {out} alone; name the config with --copy.")
         names = list(shipped_files())
         for name in names:
             print(f"{name:{max(map(len, names))}}  {describe_config(shipped_folder() / name)}")
         return
-    source, target = find_config(copy), out / Path(copy).name
+    source, out = find_config(copy), out or Path()
+    target = out / Path(copy).name
     if target.exists():
         raise ValueError(f"{target} already exists; choose another folder with --out.")
     out.mkdir(parents=True, exist_ok=True)

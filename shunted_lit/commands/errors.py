@@ -101,12 +101,24 @@ def explain_parser_error(message: str) -> str:
         return explain_type_error(key, message, reasons)
     if option := re.match(r"Option '(.+)' is not accepted", unknown):
         classes = re.findall(r"Problem with given class_path '([^']+)'", message)
+        if key == "optimizer" and classes[-1:] == ["torch.optim.Optimizer"]:
+            return explain_unnamed_optimizer(option[1])
         owner = suggest_argument(classes[-1], key, option[1]) if classes else "this command"
         return f"`{key}.{option[1]}` is not an argument of {owner}"
     if required := re.match(r"the following arguments are required: (.+)", unknown):
         options = " and ".join(f"--{key}.{name}" for name in required[1].split(", "))
         return f"`{key}` lacks required arguments: pass {options}"
     return re.sub(r'^Parser key "[^"]*":', f"`{key}`:", unknown) if "Parser key" in unknown else f"`{key}`: {unknown}"
+
+
+def explain_unnamed_optimizer(argument: str) -> str:
+    """Return one line for an argument of an optimizer that has no class, or is not in `init_args`."""
+    if argument == "class_path":
+        return "`optimizer` must have its arguments in init_args: {class_path: CLASS, init_args: {lr: 0.1}}"
+    return (
+        f"`optimizer.{argument}` needs the class of the optimizer: --optimizer CLASS --optimizer.{argument} ...; "
+        "options of the default optimizer are options of the model, such as --model.lr"
+    )
 
 
 def explain_type_error(key: str, message: str, reasons: list[str]) -> str:

@@ -68,6 +68,7 @@ HIDDEN_WARNINGS = (
     r"Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
     r"Experiment logs directory .* exists and is not empty",
     r"The dirpath has changed",  # a run resumed by path gets a new folder
+    r"The number of training batches .* is smaller than the logging interval",  # each epoch is logged
     r"Be aware that when using `ckpt_path`, callbacks",  # evaluation needs no training callbacks
 )
 

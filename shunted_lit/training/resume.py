@@ -55,6 +55,9 @@ def plan_resume(subcommand: str, config: Namespace) -> ResumePlan:
         if subcommand != "fit":
             raise ValueError(f"{subcommand} needs trained weights; pass a checkpoint with --ckpt_path.")
         return ResumePlan()
+    is_local = checkpoint.endswith(".ckpt") and "://" not in checkpoint
+    if subcommand == "fit" and is_local and not Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint}: no such file; pass --ckpt_path last to resume the newest run.")
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() else {}
     if content and "pytorch-lightning_version" not in content:
         raise ValueError(f"{checkpoint} holds no run to resume; pass it as --model.weights to start from its weights.")
@@ -89,8 +92,12 @@ def run_version(run_folder: Path) -> int:
 
 
 def create_run_folder(root: Path) -> Path:
-    """Create and return the first of root/version_0, root/version_1, ... that does not exist."""
-    for number in itertools.count():
+    """Create and return root/version_N, where N is one above the highest that exists, or 0.
+
+    The newest run thus has the highest number, also after folders were deleted.
+    """
+    numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
+    for number in itertools.count(max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1):
         folder = root / f"version_{number}"
         try:
             folder.mkdir(parents=True)
