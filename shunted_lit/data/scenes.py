@@ -12,18 +12,19 @@ from PIL import Image
 from shunted_lit.data.digits import NAMES, load_digits
 from shunted_lit.data.masks import trace_polygons
 from shunted_lit.data.shapes import (
-    SHAPES,
+    LOOKUP_SIZE,
+    SCENES,
     Scene,
+    SceneOptions,
     compose_scene,
     compute_boxes,
-    draw_background,
-    draw_shape,
     to_label_map,
 )
 from shunted_lit.utils.checks import check_minimum
 from shunted_lit.utils.files import check_new_folder
 
 SPLITS = ("train", "val")
+SUPERCATEGORIES = {"shapes": "shape", "related": "shape", "lookup": "disc", "digits": "digit"}  # of COCO files, by kind
 DrawScene = Callable[[np.random.Generator, str], Scene]  # of a split
 
 # Photographs that come with the two libraries; no photograph is in both splits.
@@ -35,7 +36,7 @@ PHOTOGRAPHS = {
 
 def write_scenes(
     out: Path,
-    kind: Literal["shapes", "digits"] = "shapes",
+    kind: Literal["shapes", "related", "lookup", "digits"] = "shapes",
     *,
     train: int = 1024,
     val: int = 256,
@@ -47,8 +48,10 @@ def write_scenes(
 
     Args:
         out: New or empty folder.
-        kind: "shapes", drawn; or "digits", real handwritten digits of 8 to 96 pixels on crops of photographs, where
-            the splits share neither digits nor photographs (needs scikit-learn and scikit-image, extra "demo").
+        kind: "shapes", drawn; "related" and "lookup", drawn scenes in which the class of a small object depends on a
+            distant one, see `ShapesDataModule`; or "digits", real handwritten digits of 8 to 96 pixels on crops of
+            photographs, where the splits share neither digits nor photographs (needs scikit-learn and scikit-image,
+            extra "demo").
         train: Number of training images.
         val: Number of validation images.
         size: Height and width of an image in pixels.
@@ -60,9 +63,9 @@ def write_scenes(
     """
     check_new_folder(out)
     check_minimum(1, train=train, val=val, max_objects=max_objects)
-    check_minimum(16, size=size)
+    check_minimum(LOOKUP_SIZE if kind == "lookup" else 16, size=size)
     check_minimum(0, seed=seed)
-    names, draw = {"shapes": shape_scenes, "digits": digit_scenes}[kind](size, max_objects)
+    names, draw = digit_scenes(size, max_objects) if kind == "digits" else shape_scenes(kind, size, max_objects)
     for split, count in (("train", train), ("val", val)):
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
@@ -87,7 +90,9 @@ def write_scenes(
             "licenses": [],
             "images": images,
             "annotations": annotations,
-            "categories": [{"id": i + 1, "name": name, "supercategory": kind[:-1]} for i, name in enumerate(names)],
+            "categories": [
+                {"id": i + 1, "name": name, "supercategory": SUPERCATEGORIES[kind]} for i, name in enumerate(names)
+            ],
         }
         (out / "annotations" / f"{split}.json").write_text(json.dumps(content))
     description = {"train": "images/train", "val": "images/val", "names": dict(enumerate(names))}
@@ -96,14 +101,15 @@ def write_scenes(
     print(f"{train} training and {val} validation images in {out}: {out / 'data.yaml'}, {out / 'annotations'}")
 
 
-def shape_scenes(size: int, max_objects: int) -> tuple[list[str], DrawScene]:
-    """Return the class names of drawn shapes, and a function that draws a scene."""
-    options: dict[str, Any] = {"min_extent": 6, "max_extent": size / 2, "max_objects": max_objects}
+def shape_scenes(kind: str, size: int, max_objects: int) -> tuple[list[str], DrawScene]:
+    """Return the class names of drawn scenes of a kind, and a function that draws one."""
+    scenes = "plain" if kind == "shapes" else kind
+    options = SceneOptions("masks", seed=0, size=size, min_extent=6, max_objects=max_objects, scenes=scenes)
 
     def draw(rng: np.random.Generator, split: str) -> Scene:
-        return compose_scene(rng, draw_background(rng, size), draw_object=draw_shape, **options)
+        return SCENES[scenes].compose(rng, options)
 
-    return list(SHAPES), draw
+    return list(SCENES[scenes].class_names), draw
 
 
 def digit_scenes(size: int, max_objects: int) -> tuple[list[str], DrawScene]:

@@ -137,8 +137,93 @@ def draw_related_shapes(size: int) -> DrawObject:
     return draw
 
 
-# For each kind of scene: a function of the image size that returns what draws the objects of one scene.
-SCENES: dict[str, Callable[[int], DrawObject]] = {"plain": lambda size: draw_shape, "related": draw_related_shapes}
+def compose_shapes(rng: np.random.Generator, options: "SceneOptions") -> Scene:
+    return compose_scene(
+        rng,
+        draw_background(rng, options.size),
+        min_extent=options.min_extent,
+        max_extent=options.size / 2,
+        max_objects=options.max_objects,
+        draw_object=draw_shape if options.scenes == "plain" else draw_related_shapes(options.size),
+    )
+
+
+CUE_COLOURS = np.array([(225, 45, 45), (45, 190, 60), (50, 80, 230), (235, 205, 45)], dtype=np.float32)
+CUES = 3  # rings in a scene, each in a colour of its own
+LOOKUP_SIZE = 128  # smallest image in which the bar of a ring is 2 pixels thick
+
+
+def draw_ring(extent: int, vertical: bool) -> np.ndarray:
+    """Return the coverage (extent, extent) in 0..1 of a ring with a horizontal or vertical bar through its centre."""
+    side = extent * OVERSAMPLE
+    canvas = Image.new("L", (side, side))
+    draw, line = ImageDraw.Draw(canvas), side // 8
+    draw.ellipse((0, 0, side - 1, side - 1), outline=255, width=line)
+    draw.rectangle((0, (side - line) // 2, side - 1, (side + line) // 2), fill=255)
+    alpha = np.asarray(canvas.reduce(OVERSAMPLE), dtype=np.float32) / 255
+    return alpha.T.copy() if vertical else alpha
+
+
+def compose_lookup_scene(rng: np.random.Generator, options: "SceneOptions") -> Scene:
+    """Draw three rings, each of another colour and with its own bar, and discs in these colours.
+
+    The class of a disc is the direction of the bar in the ring of its colour, which is at least a third of the image
+    away: each disc has to look up another place by content. The rings themselves are no objects. All sizes are
+    fractions of the image, such that they are those of 17 and 11 to 17 pixels in an image of 256.
+
+    Returns:
+        As `compose_scene`.
+    """
+    size = options.size
+    image = draw_background(rng, size)
+    owner = np.full((size, size), -1, dtype=np.int16)  # the visible object at each pixel; -2 for a ring
+
+    def place(alpha: np.ndarray, colour: np.ndarray, value: int, away_from: np.ndarray | None) -> np.ndarray | None:
+        """Draw at a free place, at a distance from a centre; return the centre, or None where 50 tries find none."""
+        side, solid = len(alpha), alpha > 0.5
+        for _ in range(50):
+            corner = rng.integers(0, size - side + 1, 2)
+            centre, (y, x) = corner + side / 2, corner
+            if away_from is not None and np.hypot(*(centre - away_from)) < size / 3:
+                continue
+            patch, behind = image[y : y + side, x : x + side], owner[y : y + side, x : x + side]
+            if (behind == -1).all():
+                patch += alpha[..., None] * (colour - patch)
+                behind[solid] = value
+                return centre
+        return None
+
+    colours = CUE_COLOURS[rng.permutation(len(CUE_COLOURS))[:CUES]]
+    bars = rng.integers(0, 2, CUES)
+    rings = [
+        place(draw_ring(round(size / 15), bool(bar)), colour, -2, None)
+        for bar, colour in zip(bars, colours, strict=True)
+    ]
+    labels: list[int] = []
+    for _ in range(int(rng.integers(1, options.max_objects + 1))):
+        cue = int(rng.integers(CUES))
+        disc = draw_outline(rng, SHAPES["circle"], round(size * rng.uniform(11, 17) / 256))
+        square = np.zeros((max(disc.shape),) * 2, dtype=np.float32)
+        square[: disc.shape[0], : disc.shape[1]] = disc
+        if rings[cue] is not None and place(square, colours[cue], len(labels), rings[cue]) is not None:
+            labels.append(int(bars[cue]))
+    masks = owner[None] == np.arange(len(labels))[:, None, None]
+    return image.clip(0, 255).astype(np.uint8), masks, labels
+
+
+@dataclass(frozen=True)
+class SceneKind:
+    """Names of the classes, and the function that draws a scene."""
+
+    class_names: Sequence[str]
+    compose: Callable[[np.random.Generator, "SceneOptions"], Scene]
+
+
+SCENES = {
+    "plain": SceneKind(list(SHAPES), compose_shapes),
+    "related": SceneKind(list(SHAPES), compose_shapes),
+    "lookup": SceneKind(["horizontal", "vertical"], compose_lookup_scene),
+}
 
 
 def compute_boxes(masks: np.ndarray) -> Tensor:
@@ -200,15 +285,8 @@ class ShapesDataset(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.length:
             raise IndexError(index)
-        rng, options = np.random.default_rng([*self.entropy, index]), self.options
-        scene = compose_scene(
-            rng,
-            draw_background(rng, options.size),
-            min_extent=options.min_extent,
-            max_extent=options.size / 2,
-            max_objects=options.max_objects,
-            draw_object=SCENES[options.scenes](options.size),
-        )
+        options = self.options
+        scene = SCENES[options.scenes].compose(np.random.default_rng([*self.entropy, index]), options)
         image, target = to_sample(scene, image_id=index)
         if options.annotation == "map":
             return self.transform(image, tv_tensors.Mask(to_label_map(*scene[1:])))
@@ -230,17 +308,18 @@ class ShapesDataModule(DetectionDataModule):
         train_size: Number of training scenes in an epoch.
         val_size: Number of validation scenes; none of them is a training scene.
         size: Height and width of an image in pixels.
-        min_extent: Longer side of the smallest objects in pixels.
+        min_extent: Longer side of the smallest objects in pixels, in plain and related scenes.
         max_objects: Largest number of objects in a scene.
-        scenes: "plain"; or "related": one large shape, and discs with the class of that shape, which a disc alone does
-            not show.
+        scenes: "plain"; "related": one large shape, and discs with the class of that shape, which a disc alone does
+            not show; or "lookup": the class of a disc, "horizontal" or "vertical", is the bar in the distant ring of
+            its colour, one of three rings.
         seed: Seed of the scenes.
         flip: Probability of mirroring a training image.
         distort: Probability of changing the colours of a training image.
         options: Options of `DetectionDataModule`; `crop` applies to boxes and masks.
 
     Raises:
-        ValueError: A size is not positive, or objects do not fit into the image.
+        ValueError: A size is not positive, objects do not fit into the image, or lookup scenes are to have one class.
     """
 
     offers = ("masks", "boxes", "map", "class")
@@ -265,8 +344,12 @@ class ShapesDataModule(DetectionDataModule):
         check_choice("scenes", scenes, SCENES)
         if not 1 <= min_extent <= size // 2:
             raise ValueError(f"`min_extent` must be 1 to {size // 2}, half of `size`, got {min_extent}.")
+        if scenes == "lookup":
+            check_minimum(LOOKUP_SIZE, size=size)
+            if self.annotation == "class":
+                raise ValueError("`scenes` must be plain or related for classification, got 'lookup'.")
         self.lengths = {"train": train_size, "val": val_size}
-        self.class_names = ["background", *SHAPES] if self.annotation == "map" else list(SHAPES)
+        self.class_names = ["background"] * (self.annotation == "map") + list(SCENES[scenes].class_names)
         if self.annotation in ("map", "class"):
             last = float_image_transforms() if self.annotation == "map" else [v2.ToPureTensor()]
             self.train_transform = v2.Compose([random_color_distortion(distort), v2.RandomHorizontalFlip(flip), *last])

@@ -53,6 +53,38 @@ def test_discs_of_related_scenes_have_the_class_of_the_large_shape():
     assert {label for label, more in found if more} == set(range(5))
 
 
+def test_discs_of_lookup_scenes_have_the_bar_of_the_distant_ring_of_their_colour():
+    """Read the answer from the pixels: find each disc's colour, that colour's ring, and the direction of its bar."""
+    size, seen = 256, set()
+    module = ShapesDataModule(size=size, scenes="lookup", max_objects=6, annotation="masks", **STILL)
+    module.setup("fit")
+    for index in range(20):
+        image, target = module.datasets["train"][index]
+        objects = target["masks"].any(0)
+        for mask, label in zip(target["masks"], target["labels"], strict=True):
+            colour = image[:, mask.bool()].median(1).values
+            same = (image - colour[:, None, None]).abs().amax(0) < 0.12
+            rows, columns = torch.where(same & ~objects & ~grown(objects))
+            centre = torch.stack([rows, columns]).float().median(1).values
+            near = (torch.stack([rows, columns]).float() - centre[:, None]).abs().amax(0) < 12
+            rows, columns = rows[near], columns[near]
+            middle = torch.stack([rows.min() + rows.max(), columns.min() + columns.max()]) / 2
+            on_row, on_column = (
+                (places - place).abs() <= 1 for places, place in zip((rows, columns), middle, strict=True)
+            )
+            name = "horizontal" if on_row.sum() > on_column.sum() else "vertical"
+            assert module.class_names[label] == name
+            disc = torch.stack(torch.where(mask)).float().mean(1)
+            assert (disc - middle).norm() > size / 3 - 2
+            seen.add(name)
+    assert seen == set(module.class_names)
+
+
+def grown(mask):
+    """Return a mask grown by a pixel, which covers the smooth edge of an object."""
+    return torch.nn.functional.max_pool2d(mask[None].float(), 3, 1, 1)[0] > 0
+
+
 def test_scenes_depend_on_seed_and_split():
     def first(split, seed):
         module = ShapesDataModule(seed=seed, **STILL)
@@ -71,7 +103,12 @@ def test_scenes_depend_on_seed_and_split():
         ({"train_size": 0}, "`train_size` must be at least 1, got 0"),
         ({"min_extent": 65}, "`min_extent` must be 1 to 64, half of `size`, got 65"),
         ({"size": 0}, "`min_extent` must be 1 to 0, half of `size`, got 6"),
-        ({"scenes": "far"}, "`scenes` must be one of plain, related, got 'far'"),
+        ({"scenes": "far"}, "`scenes` must be one of lookup, plain, related, got 'far'"),
+        ({"scenes": "lookup", "size": 96}, "`size` must be at least 128, got 96"),
+        (
+            {"scenes": "lookup", "size": 128, "annotation": "class"},
+            "`scenes` must be plain or related for classification",
+        ),
     ],
 )
 def test_invalid_scene_options_raise(keywords, message):
