@@ -1,17 +1,19 @@
 """Shipped configs are listed, copied, and found by name in any folder."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from shunted_lit.cli import main
+from shunted_lit.commands.configs import shipped_folder
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = {
     path.relative_to(ROOT / "configs").as_posix(): path for path in sorted((ROOT / "configs").rglob("*.*"))
-}  # a checkout ships all of its configs
+}  # a checkout ships all of its configs; an installed package holds copies
 
 
 def print_config(capsys, *words):
@@ -47,7 +49,9 @@ def test_a_config_is_copied_but_never_overwritten(capsys):
 def test_a_shipped_config_is_found_by_name_and_logged(words, capsys, caplog):
     caplog.set_level(logging.INFO)
     assert print_config(capsys, *words) == print_config(capsys, f"--config={SHIPPED['neck.yaml']}")
-    assert f"{words[-1].removeprefix('--config=')}: using the shipped {SHIPPED['neck.yaml']}" in caplog.text
+    name = re.escape(words[-1].removeprefix("--config="))
+    found = re.search(rf"{name}: using the shipped (.+/configs/neck\.yaml)", caplog.text)[1]
+    assert Path(found).read_bytes() == SHIPPED["neck.yaml"].read_bytes()
 
 
 def test_a_config_in_the_current_folder_comes_first(capsys, caplog):
@@ -75,7 +79,8 @@ def test_data_commands_and_study_find_shipped_configs(capsys, monkeypatch):
 
     monkeypatch.setattr("shunted_lit.commands.study.StudyRun.train", train)
     main(["study", "[configs/comparison, neck.yaml]", "--seeds=1"])
-    assert trained == [path for path in SHIPPED.values() if path.parent.name == "comparison"] + [SHIPPED["neck.yaml"]]
+    comparison = [name for name in SHIPPED if name.startswith("comparison/")]
+    assert [path.relative_to(shipped_folder()).as_posix() for path in trained] == [*comparison, "neck.yaml"]
 
 
 @pytest.mark.parametrize(
