@@ -1,7 +1,7 @@
 """The commands of `shunted-lit`: one table, from which its help and its dispatch follow."""
 
 import difflib
-import importlib
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -29,8 +29,7 @@ class Command:
 
     def load(self) -> Any:
         """Import and return the function."""
-        module, _, function = self.target.partition(":")
-        return getattr(importlib.import_module(module), function)
+        return pkgutil.resolve_name(self.target)
 
     def run(self, args: Sequence[str]) -> Any:
         """Run the command with the words that follow its name and return its result."""

@@ -27,9 +27,10 @@ def configs(*, copy: str | None = None, out: Path | None = None) -> None:
     if copy is None:
         if out is not None:
             raise ValueError(f"`out` must come with the config to copy, got {out} alone; name the config with --copy.")
-        names = list(shipped_files())
-        for name in names:
-            print(f"{name:{max(map(len, names))}}  {describe_config(shipped_folder() / name)}")
+        files = shipped_files()
+        width = max(map(len, files))
+        for name, path in files.items():
+            print(f"{name:{width}}  {describe_config(path)}")
         return
     source, out = find_config(copy), out or Path()
     target = out / Path(copy).name

@@ -1,7 +1,7 @@
 """Error messages of the command line: one line that names the argument, the rule and the value."""
 
 import difflib
-import importlib
+import pkgutil
 import os
 import re
 from pickle import UnpicklingError
@@ -147,11 +147,10 @@ def explain_type_error(key: str, message: str, reasons: list[str]) -> str:
 
 def suggest_argument(class_path: str, key: str, name: str) -> str:
     """Return the name of a class, and a hint at its arguments."""
-    module, _, class_name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), class_name)
+    cls = pkgutil.resolve_name(class_path)
     close = difflib.get_close_matches(name, ArgumentParser().add_class_arguments(cls, fail_untyped=False), n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{class_name}; {hint}`--{key}.help={class_name}` lists its arguments."
+    return f"{cls.__name__}; {hint}`--{key}.help={cls.__name__}` lists its arguments."
 
 
 def suggest_class(key: str, name: str) -> str:

@@ -46,7 +46,7 @@ class ClassFolderDataset(ImageFolder):
         return names, {name: label for label, name in enumerate(names)}
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Remove all images but those of `rows`."""
+        """Keep only the images with these indices."""
         self.samples = self.imgs = [self.samples[row] for row in rows]
         self.targets = [label for _, label in self.samples]
 

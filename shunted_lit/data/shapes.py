@@ -109,12 +109,17 @@ def compose_scene(
                 colour = rng.uniform(0, 255, 3)
                 if np.abs(colour - around).max() < 100:  # too similar to the background
                     colour = (around + 128) % 256
-                patch += alpha[..., None] * (colour - patch).astype(np.float32)
-                behind[solid] = len(labels)
+                paint(patch, behind, alpha, colour, len(labels))
                 labels.append(label)
                 break
     masks = owner[None] == np.arange(len(labels))[:, None, None]
     return image.clip(0, 255).astype(np.uint8), masks, labels
+
+
+def paint(patch: np.ndarray, owner: np.ndarray, alpha: np.ndarray, colour: np.ndarray, value: int) -> None:
+    """Blend a colour into a patch of an image by its coverage, and write `value` to the owner of covered pixels."""
+    patch += alpha[..., None] * (colour - patch).astype(np.float32)
+    owner[alpha > 0.5] = value
 
 
 def draw_shape(rng: np.random.Generator, extent: int) -> tuple[np.ndarray, int]:
@@ -137,15 +142,19 @@ def draw_related_shapes(size: int) -> DrawObject:
     return draw
 
 
-def compose_shapes(rng: np.random.Generator, options: "SceneOptions") -> Scene:
+def compose_shapes(rng: np.random.Generator, options: "SceneOptions", draw_object: DrawObject = draw_shape) -> Scene:
     return compose_scene(
         rng,
         draw_background(rng, options.size),
         min_extent=options.min_extent,
         max_extent=options.size / 2,
         max_objects=options.max_objects,
-        draw_object=draw_shape if options.scenes == "plain" else draw_related_shapes(options.size),
+        draw_object=draw_object,
     )
+
+
+def compose_related_scene(rng: np.random.Generator, options: "SceneOptions") -> Scene:
+    return compose_shapes(rng, options, draw_related_shapes(options.size))
 
 
 CUE_COLOURS = np.array([(225, 45, 45), (45, 190, 60), (50, 80, 230), (235, 205, 45)], dtype=np.float32)
@@ -169,7 +178,7 @@ def compose_lookup_scene(rng: np.random.Generator, options: "SceneOptions") -> S
 
     The class of a disc is the direction of the bar in the ring of its colour, which is at least a third of the image
     away: each disc has to look up another place by content. The rings themselves are no objects. All sizes are
-    fractions of the image, such that they are those of 17 and 11 to 17 pixels in an image of 256.
+    fractions of the image: in an image of 256 pixels, a ring has 17, and a disc 11 to 17.
 
     Returns:
         As `compose_scene`.
@@ -180,7 +189,7 @@ def compose_lookup_scene(rng: np.random.Generator, options: "SceneOptions") -> S
 
     def place(alpha: np.ndarray, colour: np.ndarray, value: int, away_from: np.ndarray | None) -> np.ndarray | None:
         """Draw at a free place, at a distance from a centre; return the centre, or None where 50 tries find none."""
-        side, solid = len(alpha), alpha > 0.5
+        side = len(alpha)
         for _ in range(50):
             corner = rng.integers(0, size - side + 1, 2)
             centre, (y, x) = corner + side / 2, corner
@@ -188,8 +197,7 @@ def compose_lookup_scene(rng: np.random.Generator, options: "SceneOptions") -> S
                 continue
             patch, behind = image[y : y + side, x : x + side], owner[y : y + side, x : x + side]
             if (behind == -1).all():
-                patch += alpha[..., None] * (colour - patch)
-                behind[solid] = value
+                paint(patch, behind, alpha, colour, value)
                 return centre
         return None
 
@@ -221,7 +229,7 @@ class SceneKind:
 
 SCENES = {
     "plain": SceneKind(list(SHAPES), compose_shapes),
-    "related": SceneKind(list(SHAPES), compose_shapes),
+    "related": SceneKind(list(SHAPES), compose_related_scene),
     "lookup": SceneKind(["horizontal", "vertical"], compose_lookup_scene),
 }
 

@@ -408,7 +408,8 @@ class ShardsDataModule(BaseDataModule):
         faults = self.shards[split].find_faults()
         if faults or not decode:
             return faults, []
-        return [], find_damaged_samples(self.dataset(split), self.num_workers_for(self.dataset(split)), True, split)
+        dataset = self.dataset(split)
+        return [], find_damaged_samples(dataset, self.num_workers_for(dataset), True, split)
 
 
 class ClassificationShardsDataModule(ShardsDataModule, ClassificationDataModule):

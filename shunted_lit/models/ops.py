@@ -120,12 +120,15 @@ def residual_depthwise_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor 
     return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
 
 
-def is_in_functional_transform() -> bool:
-    """Return whether `torch.func` is at work (`vmap`, `grad`, `jvp`, ...), for which torch has no public function.
+def is_plain_eager() -> bool:
+    """Return whether operations run as they are called: not compiled, exported or traced, nor under `torch.func`.
 
-    Its transforms have no rule for the fast paths, or a slow one.
+    The transforms of `torch.func` (`vmap`, `grad`, `jvp`, ...) have no rule for the fast paths, or a slow one. torch has
+    no public function that tells whether one is active.
     """
-    return torch._C._are_functorch_transforms_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return not torch._C._are_functorch_transforms_active()
 
 
 def can_fuse_gelu(x: Tensor) -> bool:
@@ -133,9 +136,7 @@ def can_fuse_gelu(x: Tensor) -> bool:
 
     The operator has no derivative, so only inference mode may use it; compilers fuse on their own.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not torch.is_inference_mode_enabled():
-        return False
-    if is_in_functional_transform():
+    if not is_plain_eager() or not torch.is_inference_mode_enabled():
         return False
     plain = type(x) is Tensor and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16)
     has_kernels = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN fuses these dtypes only there
@@ -147,8 +148,7 @@ def can_overwrite(x: Tensor) -> bool:
 
     The maps of the feed-forward layers are the widest of the network: one copy less allows larger images.
     """
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return type(x) is Tensor and not torch.is_grad_enabled() and not compiling and not is_in_functional_transform()
+    return type(x) is Tensor and not torch.is_grad_enabled() and is_plain_eager()
 
 
 @torch.jit.unused
@@ -167,9 +167,8 @@ def should_recompute(x: Tensor, width: int) -> bool:
     Only on CPUs: on an NVIDIA H100 the bookkeeping made a training step slower than the reference implementation's.
     Compilers decide on their own what to keep, and a symbolic trace (where `x` is no Tensor) has no backward pass.
     """
-    compiling = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    eager = torch.is_grad_enabled() and not compiling and isinstance(x, Tensor) and x.is_cpu
-    return eager and x.numel() >= width * WIDE and not is_in_functional_transform()
+    trains_on_cpu = torch.is_grad_enabled() and isinstance(x, Tensor) and x.is_cpu
+    return is_plain_eager() and trains_on_cpu and x.numel() >= width * WIDE
 
 
 def recompute_in_backward(width: int) -> Callable[[Method], Method]:

@@ -295,7 +295,7 @@ class NeckWeights(
 ):
     """Read and write a neck: folders and repositories of the Hugging Face hub, and checkpoints of detectors.
 
-    `save_pretrained(folder)` and `push_to_hub(name)` are those of huggingface_hub.
+    huggingface_hub provides `save_pretrained(folder)` and `push_to_hub(name)`.
     """
 
     if TYPE_CHECKING:
@@ -336,7 +336,7 @@ class NeckWeights(
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the Hugging Face hub.
-            keywords: `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` are those of
+            keywords: `revision`, `cache_dir`, `force_download`, `local_files_only` and `token` are passed to
                 huggingface_hub; all others override the constructor's keywords in the folder, such as `dtype`.
 
         Raises:

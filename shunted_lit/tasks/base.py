@@ -1,7 +1,7 @@
 """The base class of all tasks: settings, checks of data and checkpoints, seeds, optimizer."""
 
-import importlib
 import os
+import pkgutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,7 @@ from shunted_lit.utils.seeds import seed_step
 
 def import_task_class(config: Any) -> type["BaseTask"]:
     """Import the task class that a config names by its `class_path`."""
-    module, _, name = config.class_path.rpartition(".")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(config.class_path)
 
 
 def required_annotation(config: Any) -> str | None:

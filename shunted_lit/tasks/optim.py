@@ -1,9 +1,9 @@
 """AdamW with a linear warm-up and a schedule, both by the step; or an optimizer and a scheduler of the user."""
 
 import bisect
-import importlib
 import inspect
 import math
+import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -148,9 +148,8 @@ def check_class_spec(name: str, spec: Any) -> None:
 def import_class(name: str, spec: Mapping[str, Any]) -> Any:
     """Import the class that a setting names by its `class_path`."""
     path = str(spec.get("class_path"))
-    module, _, class_name = path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), class_name)
+        found = pkgutil.resolve_name(path)
     except (ImportError, AttributeError, ValueError):
         found = None
     base = {"optimizer": Optimizer, "lr_scheduler": LRScheduler}[name]

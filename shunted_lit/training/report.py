@@ -46,8 +46,9 @@ class RunReport(Callback):
             draw_curves(folder / "curves.png", metrics)
         if isinstance(pl_module, BaseTask):
             self._draw_predictions(folder / "predictions.png", trainer, pl_module)
-        for picture in (folder / "predictions.png", folder / "curves.png"):
-            for logger in trainer.loggers if picture.is_file() else ():
+        pictures = [path for path in (folder / "predictions.png", folder / "curves.png") if path.is_file()]
+        for logger in trainer.loggers:
+            for picture in pictures:
                 log_picture(logger, picture, trainer.global_step)
         self._print_table(folder, metrics, trainer)
 

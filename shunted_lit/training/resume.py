@@ -55,9 +55,8 @@ def plan_resume(subcommand: str, config: Namespace) -> ResumePlan:
         if subcommand != "fit":
             raise ValueError(f"{subcommand} needs trained weights; pass a checkpoint with --ckpt_path.")
         return ResumePlan()
-    is_local = checkpoint.endswith(".ckpt") and "://" not in checkpoint
-    if subcommand == "fit" and is_local and not Path(checkpoint).exists():
-        raise ValueError(f"{checkpoint}: no such file; pass --ckpt_path last to resume the newest run.")
+    if checkpoint.endswith(".ckpt") and "://" not in checkpoint and not Path(checkpoint).exists():
+        raise ValueError(f"{checkpoint}: no such file; pass a checkpoint such as runs/version_0/checkpoints/last.ckpt.")
     content = read_checkpoint(checkpoint) if Path(checkpoint).is_file() else {}
     if content and "pytorch-lightning_version" not in content:
         raise ValueError(f"{checkpoint} holds no run to resume; pass it as --model.weights to start from its weights.")
@@ -78,12 +77,12 @@ def find_resumable_run(root: Path) -> Path | None:
 
 def find_last_run(root: Path) -> Path | None:
     """Return the folder of the newest training run below a root; None if there is none."""
-    runs = [
-        path.parent
-        for path in root.glob("version_*/checkpoints")
-        if path.parent.name.removeprefix("version_").isdecimal()
-    ]
-    return max(runs, key=run_version, default=None)
+    return max((run for run in list_runs(root) if (run / "checkpoints").exists()), key=run_version, default=None)
+
+
+def list_runs(root: Path) -> list[Path]:
+    """Return the folders root/version_0, root/version_1, ... that exist, in any order."""
+    return [path for path in root.glob("version_*") if path.name.removeprefix("version_").isdecimal()]
 
 
 def run_version(run_folder: Path) -> int:
@@ -96,8 +95,7 @@ def create_run_folder(root: Path) -> Path:
 
     The newest run thus has the highest number, also after folders were deleted.
     """
-    numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
-    for number in itertools.count(max((int(number) for number in numbers if number.isdecimal()), default=-1) + 1):
+    for number in itertools.count(max(map(run_version, list_runs(root)), default=-1) + 1):
         folder = root / f"version_{number}"
         try:
             folder.mkdir(parents=True)

@@ -145,7 +145,7 @@ class RunProgressBar(RichProgressBar):
         self.stop()
 
     def stop(self) -> None:
-        """Leave the bar as it is on the screen."""
+        """End the updates of the bar; its last state stays on the screen."""
         if self.progress is not None:
             self.progress.stop()
 

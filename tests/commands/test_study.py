@@ -86,14 +86,20 @@ def test_table_marks_configs_with_fewer_runs(capsys):
     assert output.count("±") == 1
 
 
-def test_the_best_loss_is_the_lowest(tmp_path, monkeypatch):
+def replace_training(monkeypatch, metrics):
+    """Let `fit` write these lines to metrics.csv instead of training."""
+
     def fit(command, **_):
         folder = Path(command[-1].partition("=")[2]) / "version_0"
         folder.mkdir()
-        (folder / "metrics.csv").write_text("epoch,step,val/loss,val/acc1\n0,1,2.5,0.1\n1,2,0.3,0.9\n2,3,0.4,0.8\n")
+        (folder / "metrics.csv").write_text(metrics)
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr("shunted_lit.training.study.subprocess.run", fit)
+
+
+def test_the_best_loss_is_the_lowest(tmp_path, monkeypatch):
+    replace_training(monkeypatch, "epoch,step,val/loss,val/acc1\n0,1,2.5,0.1\n1,2,0.3,0.9\n2,3,0.4,0.8\n")
     run = StudyRun(Path("configs/with.yaml"), 0, tmp_path / "run", [])
     run.train()
     scores = json.loads(run.done.read_text())
@@ -101,13 +107,7 @@ def test_the_best_loss_is_the_lowest(tmp_path, monkeypatch):
 
 
 def test_runs_without_validation_scores_are_reported_in_one_line(monkeypatch):
-    def fit(command, **_):
-        folder = Path(command[-1].partition("=")[2]) / "version_0"
-        folder.mkdir()
-        (folder / "metrics.csv").write_text("epoch,step,train/loss\n0,1,2.5\n")
-        return subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr("shunted_lit.training.study.subprocess.run", fit)
+    replace_training(monkeypatch, "epoch,step,train/loss\n0,1,2.5\n")
     with pytest.raises(ValueError, match=r"^.*a study compares val/ scores, but the run has none; check .*log\.txt\.$"):
         main(["study", "[configs/with.yaml]", "--seeds=1"])
     assert not Path("study/with/seed_0/done.json").exists()

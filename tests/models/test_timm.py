@@ -269,7 +269,7 @@ def test_output_stride_keeps_the_last_maps_large_and_the_weights(output_stride, 
     model = timm.create_model("shunted_t", num_classes=5, output_stride=output_stride).eval()
     model.load_state_dict(tiny_t.state_dict())
     x = torch.randn(1, 3, 64, 64)
-    stem_to_first = reductions.index(output_stride) + 1  # these stages are those of the model without `output_stride`
+    stem_to_first = reductions.index(output_stride) + 1  # these stages are as without `output_stride`
     with torch.no_grad():
         torch.testing.assert_close(model.stages[:stem_to_first](x), tiny_t.stages[:stem_to_first](x))
         # The next patch embedding samples more densely: every second row and column is that of the other model.
