@@ -1,8 +1,8 @@
 """Error messages of the command line: one line that names the argument, the rule and the value."""
 
 import difflib
-import pkgutil
 import os
+import pkgutil
 import re
 from pickle import UnpicklingError
 from typing import Any, NoReturn

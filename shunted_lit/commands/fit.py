@@ -1,14 +1,15 @@
 """`shunted-lit fit`, `validate`, `test` and `predict`: LightningCLI with run folders and resuming."""
 
+import inspect
 import json
 import logging
 import re
 import warnings
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins.io import CheckpointIO
@@ -71,6 +72,21 @@ HIDDEN_WARNINGS = (
     r"The number of training batches .* is smaller than the logging interval",  # each epoch is logged
     r"Be aware that when using `ckpt_path`, callbacks",  # evaluation needs no training callbacks
 )
+
+
+def prefer_counts(function: Callable[..., Any]) -> None:
+    """Let a parser read `1` as a count where a parameter takes a count or a fraction, not as the fraction 1.0.
+
+    `typing` keeps one object for `int | float` and `float | int`. Which of them comes first in Lightning's annotations
+    thus depends on what was imported before, and a parser takes the first that fits.
+    """
+    annotations = inspect.unwrap(function).__annotations__
+    for name, kind in annotations.items():
+        if set(get_args(kind)) == {int, float, type(None)}:
+            annotations[name] = int | float | None
+
+
+prefer_counts(Trainer.__init__)
 
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):

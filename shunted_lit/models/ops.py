@@ -123,8 +123,8 @@ def residual_depthwise_gelu(x: Tensor, size: Size, weight: Tensor, bias: Tensor 
 def is_plain_eager() -> bool:
     """Return whether operations run as they are called: not compiled, exported or traced, nor under `torch.func`.
 
-    The transforms of `torch.func` (`vmap`, `grad`, `jvp`, ...) have no rule for the fast paths, or a slow one. torch has
-    no public function that tells whether one is active.
+    The transforms of `torch.func` (`vmap`, `grad`, `jvp`, ...) have no rule for the fast paths, or a slow one. torch
+    has no public function that tells whether one is active.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Union
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningArgumentParser
 from PIL import Image
 
 from shunted_lit import ShuntedTransformer
 from shunted_lit.cli import main
 from shunted_lit.commands import COMMANDS, find_command, format_help
+from shunted_lit.commands.fit import prefer_counts
 from shunted_lit.data.scenes import write_scenes
 from shunted_lit.tasks import DetectionTask
 
@@ -110,6 +113,22 @@ def test_default_root_dir_and_other_loggers(tmp_path):
     assert (folder / "metrics.csv").is_file()
     assert list((tmp_path / "other").rglob("metrics.csv"))
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("kind", [Union[float, int, None], Union[int, float, None]])  # noqa: UP007 - typing's own
+def test_a_limit_of_1_is_one_batch_in_either_order_of_types(kind):
+    """With torch 2.9, Lightning's annotation is `float | int`, and `1` would be all batches, as 1.0 is."""
+
+    class Trained:
+        def __init__(self, limit: kind = None): ...
+
+    Trained.__init__.__annotations__["limit"] = kind
+    prefer_counts(Trained.__init__)
+    parser = LightningArgumentParser()
+    parser.add_class_arguments(Trained, "trainer")
+    for word, value in (("1", 1), ("1.0", 1.0), ("3", 3), ("0.5", 0.5), ("null", None)):
+        limit = parser.parse_args([f"--trainer.limit={word}"]).trainer.limit
+        assert (limit, type(limit)) == (value, type(value))
 
 
 def test_fast_dev_run_writes_no_files():

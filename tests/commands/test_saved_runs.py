@@ -42,7 +42,7 @@ def test_checkpoint_predicts_as_recorded(checkpoint):
     out, saved = Path("predictions"), checkpoint.parent
     if (saved / "predictions.csv").exists():
         rows = [list(csv.reader((folder / "predictions.csv").open())) for folder in (out, saved)]
-        assert rows[0][1][::2] == rows[1][1][::2]  # file, then names of classes
+        assert rows[0][1][:1] + rows[0][1][1::2] == rows[1][1][:1] + rows[1][1][1::2]  # file and names of classes
         assert [float(x) for x in rows[0][1][2::2]] == pytest.approx([float(x) for x in rows[1][1][2::2]], abs=1e-4)
     elif (saved / "predictions.json").exists():
         found, recorded = (json.loads((f / "predictions.json").read_text())["annotations"] for f in (out, saved))
