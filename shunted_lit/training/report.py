@@ -40,6 +40,9 @@ class RunReport(Callback):
         log_dir = trainer.log_dir  # a broadcast: all ranks must take part
         if not trainer.is_global_zero or trainer.fast_dev_run or trainer.interrupted or not log_dir:  # type: ignore[attr-defined]
             return
+        if not trainer.loggers:  # there is no run folder
+            self._print_scores(trainer)
+            return
         folder = Path(log_dir)
         metrics = folder / "metrics.csv"
         if metrics.is_file():
@@ -61,7 +64,7 @@ class RunReport(Callback):
 
     @staticmethod
     def _print_scores(trainer: Trainer) -> None:
-        log_dir = trainer.log_dir  # a broadcast: all ranks must take part
+        log_dir = trainer.log_dir if trainer.loggers else None  # a broadcast: all ranks must take part
         if not trainer.is_global_zero:
             return
         table = Table("", "", title=Text(str(log_dir or "")), show_header=False)

@@ -322,10 +322,13 @@ def test_invalid_settings_are_rejected(args, message):
 
 
 @pytest.mark.slow
-def test_run_without_logger_keeps_existing_config():
+def test_run_without_logger_keeps_existing_config_and_prints_scores(capsys):
     Path("config.yaml").write_text("mine: 1")
     main(["fit", *QUICK, "--trainer.max_steps=1", "--trainer.logger=false"])
     assert Path("config.yaml").read_text() == "mine: 1"
+    assert not list(Path().glob("*.png")), "there is no run folder for pictures"
+    table = capsys.readouterr().out.split("data     ShapesDataModule")[1]
+    assert re.search(r"train/loss +│ \d\.\d{4}", table)
 
 
 def test_scenes_writes_coco_annotations(tmp_path):
