@@ -12,12 +12,14 @@ from jsonargparse.typing import ClosedUnitInterval
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.ops import box_area
 from torchvision.transforms import v2
 
 from shunted_lit.data.base import BaseDataModule, collate, float_image_transforms, random_color_distortion
 from shunted_lit.data.image_io import IMAGE_ENDINGS, DamagedError, read_image, read_size
 from shunted_lit.data.masks import Segment, draw_mask
 from shunted_lit.utils.checks import check_fraction
+from shunted_lit.utils.slices import Slices, Window
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class DetectionDataModule(BaseDataModule):
         flip: Probability of mirroring a training image.
         distort: Probability of changing the colours of a training image.
         crop: Probability of cropping a training image to a region that keeps some objects.
+        slices: Side of the windows, in pixels, into which images are cut; null for whole images. Each window is a
+            training image of its own; in evaluation, the predictions of the windows are joined.
+        overlap: Least overlap of neighbouring windows, as a fraction of their side.
         annotation: "boxes" or "masks"; set by the task in `shunted-lit`.
         options: Options of `BaseDataModule`.
     """
@@ -49,10 +54,13 @@ class DetectionDataModule(BaseDataModule):
         flip: ClosedUnitInterval = 0.5,
         distort: ClosedUnitInterval = 0.5,
         crop: ClosedUnitInterval = 0.0,
+        slices: int | None = None,
+        overlap: float = 0.2,
         annotation: str | None = None,
         **options: Any,
     ):
         super().__init__(**options)
+        self.slicing = None if slices is None else Slices(slices, overlap)
         check_fraction(flip=flip, distort=distort, crop=crop)
         self.choose_annotation(annotation)
         self.train_transform = v2.Compose(
@@ -65,6 +73,15 @@ class DetectionDataModule(BaseDataModule):
             ]
         )
         self.eval_transform = v2.Compose(float_image_transforms())
+
+    def dataset(self, split: str) -> Any:
+        is_new = split not in self.datasets
+        dataset = super().dataset(split)
+        if is_new and self.slicing is not None and split == "train":
+            if not isinstance(dataset, FolderDataset):
+                raise ValueError(f"`slices` must be null for {type(self).__name__}: only image files are cut.")
+            self.datasets[split] = SlicedDataset(dataset, self.slicing)
+        return self.datasets[split]
 
 
 def get_box_attributes(sample: Any) -> list[Tensor]:
@@ -139,6 +156,11 @@ class FolderDataset(Dataset[Sample]):
             )
         return boxes.float()
 
+    def size_of(self, index: int) -> tuple[int, int]:
+        """Return width and height of an image, from its annotations or its header."""
+        record = self.records[index]
+        return record.size or read_size(record.path)
+
     def check_header(self, index: int) -> None:
         """Raise DamagedError where the image's header cannot be read, or the boxes do not fit its size."""
         record = self.records[index]
@@ -168,3 +190,62 @@ class FolderDataset(Dataset[Sample]):
             masks = [draw_mask(segment, height, width, scale) for segment in record.segments]
             target["masks"] = tv_tensors.Mask(np.stack(masks) if masks else np.zeros((0, height, width), dtype=bool))
         return image, target
+
+
+class SlicedDataset(Dataset[Sample]):
+    """Windows of the images of a data set, as samples of their own.
+
+    An object belongs to a window that shows at least 30 % of its box, and is clipped to it.
+
+    Args:
+        dataset: Images and their objects.
+        slices: How to cut them.
+    """
+
+    MIN_VISIBLE = 0.3
+
+    def __init__(self, dataset: FolderDataset, slices: Slices):
+        self.source, self.windows = dataset, list[tuple[int, Window]]()
+        for index in range(len(dataset)):
+            try:
+                width, height = dataset.size_of(index)
+            except DamagedError:  # reported when it is read
+                width = height = 1
+            self.windows += [(index, window) for window in slices.windows(height, width)]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.source.transform(*self.read(index))
+
+    def count_objects(self) -> int:
+        return self.source.count_objects()
+
+    def name_of(self, index: int) -> str:
+        number, (x1, y1, x2, y2) = self.windows[index]
+        return f"{self.source.name_of(number)} [{x1}:{x2}, {y1}:{y2}]"
+
+    def check_header(self, index: int) -> None:
+        number, (x1, y1, _, _) = self.windows[index]
+        if (x1, y1) == (0, 0):  # once per image
+            self.source.check_header(number)
+
+    def read(self, index: int) -> Sample:
+        """Return a window and the objects in it before `transform`."""
+        number, (x1, y1, x2, y2) = self.windows[index]
+        image, target = self.source.read(number)
+        area = box_area(target["boxes"].as_subclass(Tensor).double())
+        cropped = v2.functional.crop(image, y1, x1, y2 - y1, x2 - x1)
+        boxes = v2.functional.crop(target["boxes"], y1, x1, y2 - y1, x2 - x1)
+        visible = box_area(boxes.as_subclass(Tensor).double()) >= self.MIN_VISIBLE * area
+        kept = {
+            "boxes": tv_tensors.wrap(boxes[visible], like=boxes),
+            "labels": target["labels"][visible],
+            "iscrowd": target["iscrowd"][visible],
+            "image_id": target["image_id"],
+        }
+        if "masks" in target:
+            masks = v2.functional.crop(target["masks"], y1, x1, y2 - y1, x2 - x1)
+            kept["masks"] = tv_tensors.wrap(masks[visible], like=masks)
+        return cropped, kept

@@ -1,6 +1,7 @@
 """Images without labels, to predict on."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from shunted_lit.data.image_io import IMAGE_ENDINGS, find_images, read_image
 from shunted_lit.data.sampling import RankSampler
 from shunted_lit.data.validation import find_repeated
 from shunted_lit.utils.files import fingerprint_files
+from shunted_lit.utils.slices import Slices
 
 
 class ImagesDataModule(BaseDataModule):
@@ -29,6 +31,8 @@ class ImagesDataModule(BaseDataModule):
         image_size: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`. None keeps sizes.
         crop_pct: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`.
         interpolation: As in `ClassificationDataModule`; set by the checkpoint in `shunted-lit`.
+        slices: Side of the windows, in pixels, into which a detector's images are cut; null predicts whole images.
+        overlap: Least overlap of neighbouring windows, as a fraction of their side.
         batch_size: Batch size per device.
         options: Options of `BaseDataModule`.
 
@@ -47,10 +51,13 @@ class ImagesDataModule(BaseDataModule):
         image_size: int | None = None,
         crop_pct: float = 1.0,
         interpolation: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
+        slices: int | None = None,
+        overlap: float = 0.2,
         batch_size: PositiveInt = 1,
         **options: Any,
     ):
         super().__init__(batch_size=batch_size, **options)
+        self.slicing = None if slices is None else Slices(slices, overlap)
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a resumed run may leave a rank nothing to do
         self.preparation = {"image_size": image_size, "crop_pct": crop_pct, "interpolation": interpolation}
         self.to_do: Callable[[], Sequence[int]] | None = None  # returns the images of this rank; None for all
@@ -78,6 +85,7 @@ class ImagesDataModule(BaseDataModule):
         names = [str(path.relative_to(self.root)) for path in self.paths]
         return {
             **self.preparation,
+            "slices": None if self.slicing is None else asdict(self.slicing),
             "folder": str(self.root.resolve()),
             "number of images": len(names),
             "names, sizes and times of images": fingerprint_files(self.paths, names),

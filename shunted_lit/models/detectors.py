@@ -3,6 +3,7 @@
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxe
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool, LastLevelP6P7
 
 from shunted_lit.models.feature_path import FeaturePath, group_by_size
+from shunted_lit.models.sliced_detection import detect_in_slices
 from shunted_lit.utils.checks import check_choice, check_minimum, check_options, check_positive
 from shunted_lit.utils.distributed import loss_denominator, world_size
+from shunted_lit.utils.slices import Slices
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)  # of the anchors of RetinaNet and the R-CNNs
 
@@ -247,7 +250,7 @@ def build_detector(
     return build(pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)
 
 
-def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def detect(detector: nn.Module, images: Sequence[Tensor], slices: Slices | None = None) -> list[dict[str, Tensor]]:
     """Predict each image independently of the others, by batching only images of equal size.
 
     torchvision pads a batch to its largest image, and global attention sees the padding: a backbone's maps of a 128 x
@@ -257,7 +260,10 @@ def detect(detector: nn.Module, images: Sequence[Tensor]) -> list[dict[str, Tens
     Args:
         detector: Result of `build_detector`, in evaluation mode.
         images: [(3, H_i, W_i)] in 0..1.
+        slices: how to cut large images; None for whole images.
     """
+    if slices is not None:
+        return [detect_in_slices(partial(detect, detector), image, slices) for image in images]
     results: dict[int, dict[str, Tensor]] = {}
     for indices in group_by_size(images):
         H, W = images[indices[0]].shape[-2:]

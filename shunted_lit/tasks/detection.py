@@ -11,6 +11,7 @@ from torchmetrics.detection import MeanAveragePrecision
 from shunted_lit.models.detectors import DETECTORS, build_detector, detect
 from shunted_lit.tasks.feature_path import FeaturePathTask
 from shunted_lit.utils.distributed import gather_lists
+from shunted_lit.utils.slices import Slices
 from shunted_lit.visualization.plots import draw_predictions
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -38,7 +39,8 @@ class DetectionTask(FeaturePathTask):
     validation split has no such object); for mask_rcnn the same of its masks as `val/mask_map` and so on; and for
     `test` the same under `test/`.
 
-    In evaluation only images of one size share a batch, so a prediction does not depend on the other images.
+    In evaluation only images of one size share a batch, so a prediction does not depend on the other images. Where the
+    data set `slices`, each window of an image is predicted alone, and the predictions are joined.
 
     Args:
         num_classes: Number of classes; the command line takes it from the data.
@@ -102,6 +104,7 @@ class DetectionTask(FeaturePathTask):
             optional=[f"detector.backbone.body.necks.{level}" for level in features.necks],
         )
         self.annotation = DETECTORS[detector].annotation
+        self.slices: Slices | None = None  # how evaluation cuts large images; set by the data
         iou_types: list[Any] = ["bbox", "segm"] if self.annotation == "masks" else ["bbox"]
         # A metric each: a shared one would take the sizes small to large of masks from their boxes.
         self.mean_ap: Any = nn.ModuleDict(
@@ -110,7 +113,11 @@ class DetectionTask(FeaturePathTask):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Map images [(3, H_i, W_i)] in 0..1 to predictions, see `build_detector`."""
-        return detect(self.detector, images)
+        return detect(self.detector, images, self.slices)
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.slices = getattr(self.trainer.datamodule, "slicing", None)  # type: ignore[attr-defined]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch

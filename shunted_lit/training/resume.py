@@ -175,7 +175,7 @@ def settings_from_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]
 
     Args:
         path: the checkpoint.
-        predicts: take only the image transforms from the checkpoint, as users name the images; otherwise its data.
+        predicts: take only image transforms and slices from the checkpoint, as users name the images; else its data.
 
     Raises:
         ValueError: the file is no such checkpoint.
@@ -185,6 +185,8 @@ def settings_from_checkpoint(path: str, predicts: bool = True) -> dict[str, Any]
         raise ValueError(f"{path} holds no run of `shunted-lit fit`, so its task is unknown; pass a checkpoint of fit.")
     arguments, trained = saved_arguments(content), content.get("datamodule_hyper_parameters", {})
     data: dict[str, Any] = {"class_path": "shunted_lit.data.ImagesDataModule", "init_args": {}}
+    if predicts and trained.get("slices"):
+        data["init_args"] = {name: trained[name] for name in ("slices", "overlap")}
     if predicts and content["task"] == "ClassificationTask":
         size = trained.get("image_size", trained.get("size"))
         data["init_args"] = {**eval_transform_options(trained), "image_size": size}

@@ -4,8 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers.readers import edit_annotations, read_coco, read_yolo
+import torch
+from helpers.readers import STILL, edit_annotations, read_coco, read_yolo
 from PIL import Image
+
+from shunted_lit.data import ShapesDataModule, YoloDataModule
 
 
 def test_a_batch_is_two_lists(scenes):
@@ -63,3 +66,50 @@ def test_grey_and_transparent_images_become_rgb(folder):
 def test_an_annotation_that_is_not_offered_raises(folder):
     with pytest.raises(ValueError, match="`annotation` of YoloDataModule must be boxes or masks, got 'map'; choose "):
         read_yolo(folder, annotation="map")
+
+
+@pytest.mark.parametrize("reader", [read_yolo, read_coco])
+def test_training_images_are_cut_into_windows_with_their_objects(scenes, reader):
+    whole = reader(scenes, annotation="masks") if reader is read_coco else reader(scenes)
+    cut = reader(scenes, slices=64, overlap=0.5, annotation=whole.annotation)
+    source, dataset = whole.datasets["train"], cut.datasets["train"]
+    assert len(dataset) == 4 * len(source), "96 pixels are windows at 0 and 32, both ways"
+    assert len(cut.datasets["val"]) == len(whole.datasets["val"])
+    assert cut.datasets["val"][0][0].shape[-2:] == (96, 96), "evaluation joins the windows' predictions"
+    seen = 0
+    for index in range(len(dataset)):
+        number, (y, x) = index // 4, divmod(index % 4, 2)
+        x1, y1 = 32 * x, 32 * y
+        (image, target), (full, truth) = dataset[index], source[number]
+        assert torch.equal(image, full[:, y1 : y1 + 64, x1 : x1 + 64])
+        assert target["image_id"] == truth["image_id"]
+        expected = []
+        for i, (left, top, right, bottom) in enumerate(truth["boxes"].tolist()):
+            box = [min(max(left - x1, 0), 64), min(max(top - y1, 0), 64),
+                   min(max(right - x1, 0), 64), min(max(bottom - y1, 0), 64)]  # fmt: skip
+            visible = (box[2] - box[0]) * (box[3] - box[1])
+            if visible >= 0.3 * (right - left) * (bottom - top):
+                expected.append((box, int(truth["labels"][i]), i))
+        assert target["boxes"].tolist() == [pytest.approx(box) for box, _, _ in expected]
+        assert target["labels"].tolist() == [label for _, label, _ in expected]
+        if "masks" in truth:
+            kept = truth["masks"][[i for _, _, i in expected]]
+            assert torch.equal(target["masks"], kept[:, y1 : y1 + 64, x1 : x1 + 64])
+        seen += len(expected)
+    assert seen > source.count_objects()
+    assert cut.names_of(0, 0)[0].endswith(":64]") or cut.names_of(0, 0)[0].endswith(":96]")
+
+
+def test_windows_of_a_damaged_image_are_skipped_as_the_image_would_be(folder):
+    (folder / "images/train/000003.png").write_bytes(b"not an image")
+    module = YoloDataModule(str(folder / "data.yaml"), **STILL, slices=64, skip_damaged=1, batch_size=30)
+    module.prepare_data()
+    module.setup("fit")
+    (batch,) = module.train_dataloader()
+    assert len(batch[0]) == 5 * 4 + 1, "the damaged image counts as one window"
+
+
+def test_drawn_scenes_are_not_cut():
+    module = ShapesDataModule(slices=64)
+    with pytest.raises(ValueError, match="`slices` must be null for ShapesDataModule: only image files are cut"):
+        module.setup("fit")

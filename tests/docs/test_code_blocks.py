@@ -186,8 +186,10 @@ def test_commands_of_a_page_are_understood(page, configs):
         if block.language == "python":
             compile(block.text, page, "exec")
         for words in block.commands() if block.language == "sh" and (block.needs or page in SLOW) else []:
-            if words[:2] == ["shunted-lit", "predict"]:  # without a config, its checkpoint would be read
-                words[2:2] = ["--config", "configs/neck.yaml", "--data", "ImagesDataModule"]
+            if words[:2] in (["shunted-lit", "predict"], ["shunted-lit", "validate"]):
+                # Without a config, the checkpoint would be read.
+                data = ["--data", "ImagesDataModule"] if words[1] == "predict" else []
+                words[2:2] = ["--config", "configs/neck.yaml", *data]
             parse(words)
 
 
