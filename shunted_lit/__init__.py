@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shunted_lit.utils.imports import ImportAfter
 
 if TYPE_CHECKING:
+    from shunted_lit.models.pyramid import ShuntedPyramid
     from shunted_lit.models.shunted import (
         DetailSpecificFeedForward,
         ShuntedBackbone,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DetailSpecificFeedForward",
     "ShuntedBackbone",
+    "ShuntedPyramid",
     "ShuntedSelfAttention",
     "ShuntedTransformer",
     "shunted_b",
@@ -36,7 +38,7 @@ ImportAfter("timm", "shunted_lit.models.timm_registry").install()
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "timm_registry" if name.startswith("shunted_") else "shunted"
+    module = {"ShuntedPyramid": "pyramid"}.get(name, "timm_registry" if name.startswith("shunted_") else "shunted")
     return getattr(importlib.import_module(f"shunted_lit.models.{module}"), name)
 
 

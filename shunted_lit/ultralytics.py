@@ -1,8 +1,9 @@
-"""The neck in Ultralytics' YOLO: a layer of model YAMLs, functions that write such YAMLs, and transfer of weights.
+"""The neck in Ultralytics' YOLO: layers of model YAMLs, functions that write such YAMLs, and transfer of weights.
 
-Importing this module registers `ShuntedTransformer` as a layer of Ultralytics' model YAMLs, such as
-`[-1, 1, ShuntedTransformer, [c2, {depth: 2, num_heads: 4}]]`. Ultralytics replaces `c2` by the channels of the layer
-before, at any width of the model. Loading a .pt file of a model with the neck imports this module automatically.
+Importing this module registers layers of Ultralytics' model YAMLs: `ShuntedTransformer`, as in
+`[-1, 1, ShuntedTransformer, [c2, {depth: 2, num_heads: 4}]]`, and `ShuntedPyramid`, the neck across levels. Ultralytics
+replaces `c2` by the channels of the layer before, and `ch` by those of all layers, at any width of the model. Loading a
+.pt file of a model with the neck imports this module automatically.
 
 Ultralytics is licensed under AGPL-3.0 (or commercially); its terms apply to what you build with this module. The rest
 of the package does not import it and contains no file of Ultralytics: model YAMLs are derived from the installed ones.
@@ -24,8 +25,8 @@ from packaging.version import Version
 from torch import Tensor, nn
 from torch.nn.modules.module import _WrappedHook
 
-from shunted_lit.models import shunted, weights
-from shunted_lit.models.feature_path import check_neck_keywords
+from shunted_lit.models import pyramid, shunted, weights
+from shunted_lit.models.feature_path import PYRAMID, check_neck_keywords, drop_form
 from shunted_lit.utils.files import check_new_file
 
 OLDEST = "8.3.228"  # the oldest tested version of Ultralytics, as in pyproject.toml
@@ -41,9 +42,9 @@ from ultralytics import RTDETR, YOLO  # noqa: E402 - older versions lack some of
 from ultralytics.nn import tasks  # noqa: E402
 from ultralytics.utils import dist  # noqa: E402
 
-__all__ = ["ShuntedTransformer", "insert_neck", "transfer_weights", "write_weights", "write_yaml"]
+__all__ = ["ShuntedPyramid", "ShuntedTransformer", "insert_neck", "transfer_weights", "write_weights", "write_yaml"]
 
-NECK = "ShuntedTransformer"  # the layer's name in a model YAML
+NECK, ACROSS = "ShuntedTransformer", "ShuntedPyramid"  # names of layers in a model YAML
 
 
 class ShuntedTransformer(shunted.ShuntedTransformer):
@@ -68,17 +69,65 @@ class ShuntedTransformer(shunted.ShuntedTransformer):
         super().__init__(cin, *args, **keywords)
 
 
+class ReadsLayers(nn.Module):
+    """A layer that reads other layers than its line in the YAML names: there, only Ultralytics' own may read several.
+
+    Ultralytics sets `f` to the layer of the YAML, whose channels it counts, and later reads the inputs from `f`.
+    """
+
+    sources: int | list[int]
+
+    @property
+    def f(self) -> int | list[int]:
+        return self.sources
+
+    @f.setter
+    def f(self, source: int) -> None:
+        pass
+
+
+class ShuntedPyramid(pyramid.ShuntedPyramid, ReadsLayers):
+    """The neck across levels as a layer of a model YAML, such as `[22, 1, ShuntedPyramid, [ch, [16, 19, 22], {}]]`.
+
+    Args:
+        channels: output channels of all layers before; `ch` in a YAML.
+        sources: layers whose maps it reads, from the finest level to the coarsest; the last one starts its YAML line.
+        keywords: those of `shunted_lit.ShuntedPyramid`.
+    """
+
+    def __init__(self, channels: Sequence[int], sources: Sequence[int], keywords: Mapping[str, Any]):
+        super().__init__([channels[source] for source in sources], **keywords)
+        self.sources = list(sources)
+
+
+class PyramidMap(ReadsLayers):
+    """One of the maps of a `ShuntedPyramid`, in a model YAML: `[16, 1, PyramidMap, [23, 0]]` is the first of layer 23.
+
+    Its YAML line starts with the layer that has this map's channels; for the last map, with the `ShuntedPyramid`.
+    """
+
+    def __init__(self, layer: int, index: int):
+        super().__init__()
+        self.sources, self.index = layer, index
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return maps[self.index]
+
+
 def register() -> None:
-    """Register the neck with Ultralytics, which has no public way to add a layer. Repeated calls change nothing.
+    """Register the necks with Ultralytics, which has no public way to add a layer. Repeated calls change nothing.
 
     1. The YAML parser looks for layers among the globals of `ultralytics.nn.tasks`.
     2. Restricted loading (`weights_only`) accepts only classes on torch's list of safe globals. A pickled neck also
        holds its hook for the parameter names of the reference implementation, which torch wraps in a private class.
     3. Training on several GPUs runs a generated script in new processes, which have to import this module first.
     """
-    tasks.ShuntedTransformer = ShuntedTransformer
-    layers = [value for value in vars(shunted).values() if isinstance(value, type) and issubclass(value, nn.Module)]
-    torch.serialization.add_safe_globals([ShuntedTransformer, *layers, weights.load_reference_names, _WrappedHook])
+    own = (ShuntedTransformer, ShuntedPyramid, PyramidMap)
+    for layer in own:
+        setattr(tasks, layer.__name__, layer)
+    known = [*vars(shunted).values(), *vars(pyramid).values()]
+    layers = [value for value in known if isinstance(value, type) and issubclass(value, nn.Module)]
+    torch.serialization.add_safe_globals([*own, *layers, weights.load_reference_names, _WrappedHook])
     original = getattr(dist.generate_ddp_file, "__wrapped__", dist.generate_ddp_file)
 
     @functools.wraps(original)
@@ -120,6 +169,8 @@ def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None 
     base = str(base)
     content = read_yaml(base)
     layers = all_layers(content)
+    if (neck or {}).get("form") == PYRAMID:
+        return insert_pyramid(base, content, after, drop_form(neck or {}))
     if after is None:  # RT-DETR's own attention (AIFI), or the coarsest map, on which attention costs least
         after = max((i for i, layer in enumerate(layers) if layer[2] == "AIFI"), default=len(content["backbone"]) - 1)
     positions = [after] if isinstance(after, int) else sorted(after)
@@ -130,8 +181,11 @@ def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None 
             raise ValueError(f"`after` must be a layer of {base} from 0 to {len(layers) - 2}, got {i}.")
         if positions.count(i) > 1 or NECK in (layers[i][2], layers[i + 1][2]):
             raise ValueError(f"layer {i} of {base} must get one neck, not several; set a greater `depth` instead.")
-    keywords = {"layer_scale": 0.0, **(neck or {})}
-    check_necks(base, content, positions, keywords)
+    given = neck or {}
+    keywords = {"identity_start": given.get("layer_scale") is None, **given}
+    for i, channels in zip(positions, find_channels(base, content, positions, keywords), strict=True):
+        with explain_errors(f"layer {i} of {base} has {channels} channels"):
+            ShuntedTransformer(channels, **keywords, device="meta")
 
     sections: dict[str, list[Any]] = {"backbone": [], "head": []}
     for i, (source, *layer) in enumerate(layers):
@@ -139,6 +193,38 @@ def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None 
         section.append([renumber(source, i, positions), *layer])
         if i in positions:
             section.append([-1, 1, NECK, ["c2", dict(keywords)]])
+    return finish_yaml(content, sections)
+
+
+def insert_pyramid(base: str, content: dict[str, Any], levels: int | Sequence[int] | None,
+                   keywords: Mapping[str, Any]) -> dict[str, Any]:  # fmt: skip
+    """Return the content of a model YAML with a neck across the maps that its head reads, or some of them.
+
+    Raises:
+        ValueError: The head does not read these maps, or the neck does not accept its keywords.
+    """
+    *before, (sources, *head) = all_layers(content)
+    read = [sources] if isinstance(sources, int) else sources
+    levels = sorted(read) if levels is None else sorted([levels] if isinstance(levels, int) else levels)
+    if len(levels) < 2 or len(set(levels)) < len(levels) or not set(levels) <= set(read):
+        problem = f"a neck across levels needs two or more of the layers {read}, whose maps the head of {base} reads"
+        raise ValueError(f"{problem}, got {levels}.")
+    if ACROSS in [layer[2] for layer in before]:
+        raise ValueError(f"{base} must get one neck across levels, but has one; set a greater `depth` instead.")
+    channels = find_channels(base, content, levels, {**keywords, "form": PYRAMID})
+    with explain_errors(f"layers {levels} of {base} have {channels} channels"):
+        pyramid.ShuntedPyramid(channels, **keywords)
+    layer = len(before)
+    maps = [[source, 1, "PyramidMap", [layer, i]] for i, source in enumerate(levels)]
+    maps[-1][0] = layer
+    renumbered = [layer + 1 + levels.index(source) if source in levels else source for source in read]
+    across = [levels[-1], 1, ACROSS, ["ch", levels, dict(keywords)]]
+    last = [*content["head"][:-1], across, *maps, [renumbered, *head]]
+    return finish_yaml(content, {"backbone": content["backbone"], "head": last})
+
+
+def finish_yaml(content: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
+    """Return a model YAML with new layers: the scale that `read_yaml` chose comes first, as Ultralytics' default."""
     if scales := content.get("scales"):
         content["scales"] = {content["scale"]: scales[content["scale"]], **scales}
     return {**{key: value for key, value in content.items() if key not in ("scale", "yaml_file")}, **sections}
@@ -185,10 +271,15 @@ def renumber(source: Any, layer: int, positions: Sequence[int]) -> Any:
     return index + sum(position <= index for position in positions)
 
 
-def check_necks(base: str, content: Mapping[str, Any], positions: Sequence[int], keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a neck with `keywords` fits the map of each layer in `positions`."""
+def find_channels(base: str, content: Mapping[str, Any], positions: Sequence[int],
+                  keywords: Mapping[str, Any]) -> list[int]:  # fmt: skip
+    """Return the channels of the maps of the layers in `positions`, which get necks with `keywords`.
+
+    Raises:
+        ValueError: Ultralytics cannot build the base, a layer returns no map, or a keyword is unknown.
+    """
     check_neck_keywords(keywords)
-    for name in {"cin", "device", "dtype"} & keywords.keys():
+    for name in {"cin", "channels", "device", "dtype"} & keywords.keys():
         raise ValueError(f"the neck's `{name}` follows from the layer before it, got {keywords[name]!r}; omit it.")
     channels = content.get("channels", 3)
     with explain_errors(f"Ultralytics cannot build {base}"), torch.device("meta"):  # shapes without memory and time
@@ -204,8 +295,7 @@ def check_necks(base: str, content: Mapping[str, Any], positions: Sequence[int],
         if len(shape) != 4 or isinstance(shape, str):
             problem = f"layer {i} of {base}, {layers[i].type}, must return one map (B, C, H, W) for a neck"
             raise ValueError(f"{problem}, got {shape}; choose another layer.")
-        with explain_errors(f"layer {i} of {base} has {shape[1]} channels"):
-            ShuntedTransformer(shape[1], **keywords, device="meta")
+    return [outputs[i].shape[1] for i in positions]
 
 
 def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None = None, *,
@@ -218,9 +308,10 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
             a name without a scale keeps that of the base.
         after: index of the layer that the neck follows, or several, [4, 6, 10]. All layers that read such a layer then
             read its neck. Default: the last layer of the backbone (10 in YOLO11 and YOLO26), and AIFI in RT-DETR.
-        neck: keywords of ShuntedTransformer, such as depth, ratios, and num_heads, which must divide the channels.
-            `layer_scale` defaults to 0, such that the model starts with the outputs of its base; null builds the neck
-            of the reference implementation.
+        neck: keywords of ShuntedTransformer, such as form, depth, ratios, num_heads, which must divide the channels.
+            `identity_start` defaults to true, such that the model starts with the outputs of its base; false builds the
+            neck of the reference implementation. With `form: pyramid`, keywords of ShuntedPyramid: one neck across
+            the maps that the head reads, or those of them that `after` names.
 
     Raises:
         ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.
@@ -250,13 +341,14 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
         text += ["", f"{section}:", *(f"  - {one_line(layer)}  # {i}" for i, layer in layers)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    necks = [str(i) for i, layer in enumerate(all_layers(content)) if layer[2] == NECK]
+    necks = [str(i) for i, layer in enumerate(all_layers(content)) if layer[2] in (NECK, ACROSS)]
     print(f"{out}: the neck is layer {', '.join(necks)}")
 
 
 def is_neck(layer: nn.Module) -> bool:
-    """Return whether a YOLO layer is a neck, or a sequence that starts with one."""
-    return isinstance(layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer, ShuntedTransformer)
+    """Return whether a YOLO layer is a neck, a sequence that starts with one, or part of a neck across levels."""
+    first = layer[0] if isinstance(layer, nn.Sequential) and len(layer) else layer
+    return isinstance(first, (ShuntedTransformer, ReadsLayers))
 
 
 def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
@@ -324,10 +416,9 @@ def write_weights(model: str | Path, out: str | Path, *, base: str | Path | None
     if neck is None and (layer is not None or level is not None):
         raise ValueError("`layer` and `level` apply to a trained neck; name its checkpoint with --neck.")
     content = read_yaml(str(model))
-    if all(module != NECK for _, _, module, _ in all_layers(content)):
+    if all(module not in (NECK, ACROSS) for _, _, module, _ in all_layers(content)):
         raise ValueError(f"{model} must have a neck, got none; write a model YAML with `shunted-lit yolo yaml`.")
-    with explain_errors(f"Ultralytics cannot build {model}"):
-        yolo = RTDETR(str(model)) if "rtdetr" in model.stem else YOLO(str(model))
+    yolo = load_model(model)
     if base is not None:
         with explain_errors(f"{base} is not a readable checkpoint of Ultralytics"):
             trained = tasks.load_checkpoint(str(base))[0]  # the averaged weights where the file has them
@@ -346,9 +437,19 @@ def write_weights(model: str | Path, out: str | Path, *, base: str | Path | None
     print(out)
 
 
+def load_model(path: str | Path) -> Any:
+    """Return the `YOLO` or `RTDETR` of a checkpoint or a model YAML.
+
+    Raises:
+        ValueError: It cannot be read.
+    """
+    with explain_errors(f"{path} is not a readable model of Ultralytics"):
+        return RTDETR(str(path)) if "rtdetr" in Path(path).stem else YOLO(str(path))
+
+
 def load_neck(model: Any, path: str, layer: int | None, level: int | None) -> None:
     """Load a trained neck into layer number `layer` of a detector; where this holds several necks, into the first."""
-    necks = [i for i, module in enumerate(model.model) if is_neck(module)]
+    necks = [i for i, module in enumerate(model.model) if is_neck(module) and not isinstance(module, ReadsLayers)]
     layer = necks[0] if layer is None and len(necks) == 1 else layer
     if layer not in necks:
         raise ValueError(f"`layer` must be one of the model's necks, {necks}, got {layer}.")
@@ -361,8 +462,9 @@ def load_neck(model: Any, path: str, layer: int | None, level: int | None) -> No
     if (trained_heads := trained.block[0].attn.num_heads) != heads:
         raise ValueError(f"the neck of {path} must have the {heads} heads of layer {layer}, got {trained_heads}.")
     state = trained.state_dict()
-    if neck.layer_scale is not None and trained.layer_scale is None:
-        state["layer_scale.gamma"] = neck.state_dict()["layer_scale.gamma"]
-        print(f"{path}: its neck has no layer scale; layer {layer} keeps its initial one")
+    start = {name: value for name, value in neck.state_dict().items() if name.startswith(("out_proj", "layer_scale"))}
+    if start and not start.keys() & state.keys():
+        state.update(start)
+        print(f"{path}: its neck does not add its input; layer {layer} keeps its identity start")
     neck.load_state_dict(state)
     print(f"{path}: its neck is loaded into layer {layer}")

@@ -14,11 +14,14 @@ import torch
 from timm.layers import Format, nhwc_to
 from torch import Tensor, nn
 
+from shunted_lit.models.pyramid import ShuntedPyramid
 from shunted_lit.models.shunted import ShuntedBackbone, ShuntedTransformer
 from shunted_lit.models.weights import describe_mismatch, flatten, from_reference_names, read_checkpoint, select
-from shunted_lit.utils.checks import check_keywords
+from shunted_lit.utils.checks import check_choice, check_keywords
 
 log = logging.getLogger(__name__)
+
+PYRAMID = "pyramid"  # the form of a neck across levels, and its name among the necks
 
 
 def check_model_name(name: str) -> None:
@@ -29,8 +32,17 @@ def check_model_name(name: str) -> None:
 
 
 def check_neck_keywords(keywords: Mapping[str, Any]) -> None:
-    """Raise ValueError where the neck has no such keyword, or one of another type."""
-    check_keywords("the neck", keywords, ShuntedTransformer)
+    """Raise ValueError where there is no such form of the neck, or it has no such keyword, or one of another type."""
+    check_choice("form", keywords.get("form", "reference"), ("reference", "light", PYRAMID))
+    if keywords.get("form") == PYRAMID:
+        check_keywords("the neck across levels", drop_form(keywords), ShuntedPyramid)
+    else:
+        check_keywords("the neck", keywords, ShuntedTransformer)
+
+
+def drop_form(keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keywords of `ShuntedPyramid`, which has a single form."""
+    return {name: value for name, value in keywords.items() if name != "form"}
 
 
 def check_weights_source(pretrained: bool, weights: str | None) -> None:
@@ -82,13 +94,14 @@ def group_by_size(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 class FeaturePath(nn.Module):
-    """A timm backbone and a neck on each of `neck_levels`.
+    """A timm backbone and a neck on each of `neck_levels`, or one neck across them.
 
     Args:
         backbone: name of a timm model, such as shunted_t, shunted_s and shunted_b.
         pretrained: let timm download the backbone's published weights.
         levels: levels of the maps to return.
-        neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is that of the level.
+        neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is that of the level. With
+            {"form": "pyramid"}, those of `ShuntedPyramid`: one neck across all `neck_levels`.
         neck_levels: levels, among `levels`, that get a neck.
         freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm statistics stay).
         backbone_options: further keywords of `timm.create_model`, such as {"img_size": 256} for a ViT.
@@ -136,11 +149,11 @@ class FeaturePath(nn.Module):
         self.freeze_backbone = freeze_backbone
         if freeze_backbone:
             self.backbone.requires_grad_(False).eval()
-        self.necks = nn.ModuleDict()
-        for level in neck_levels if neck is not None else ():
+        self.neck_levels = sorted(neck_levels) if neck is not None else []
+        for level in self.neck_levels:
             if level not in self.channels:
                 raise ValueError(f"`neck_levels` must be among `levels` {list(self.levels)}, got level {level}.")
-            self.necks[str(level)] = build_neck(level, self.channels[level], dict(neck or {}))
+        self.necks = build_necks({level: self.channels[level] for level in self.neck_levels}, neck or {})
         if grad_checkpointing:
             self._set_grad_checkpointing(backbone)
 
@@ -165,8 +178,12 @@ class FeaturePath(nn.Module):
         if getattr(self.backbone, "output_fmt", Format.NCHW) == Format.NHWC:
             maps = [nhwc_to(x, Format.NCHW) for x in maps]
         features = OrderedDict((str(level), x) for level, x in zip(self.levels, maps, strict=True))
-        for level, neck in self.necks.items():
-            features[level] = neck(features[level])
+        for name, neck in self.necks.items():
+            if name == PYRAMID:
+                levels = [str(level) for level in self.neck_levels]
+                features.update(zip(levels, neck([features[level] for level in levels]), strict=True))
+            else:
+                features[name] = neck(features[name])
         return features
 
 
@@ -183,9 +200,25 @@ def find_map_indices(backbone: str, options: dict[str, Any], levels: Sequence[in
     return [index[2**level] for level in levels]
 
 
-def build_neck(level: int, channels: int, keywords: dict[str, Any]) -> ShuntedTransformer:
-    """Build the neck of a level with `channels`."""
+def build_necks(channels: Mapping[int, int], keywords: Mapping[str, Any]) -> nn.ModuleDict:
+    """Build the neck of each level by the level's name, or the one across levels, under the name "pyramid".
+
+    Args:
+        channels: channels of each level.
+        keywords: those of `FeaturePath`'s `neck`.
+
+    Raises:
+        ValueError: an unknown keyword, or channels that are not those of the level.
+    """
     check_neck_keywords(keywords)
-    if keywords.setdefault("cin", channels) != channels:
-        raise ValueError(f"The neck's `cin` must be {channels}, the channels of level {level}, got {keywords['cin']}.")
-    return ShuntedTransformer(**keywords)
+    if keywords.get("form") == PYRAMID and channels:
+        own = {"channels": list(channels.values()), **drop_form(keywords)}
+        if list(own["channels"]) != list(channels.values()):
+            raise ValueError(f"The neck's `channels` must be {[*channels.values()]}, got {own['channels']}; omit them.")
+        return nn.ModuleDict({PYRAMID: ShuntedPyramid(**own)})
+    necks = nn.ModuleDict()
+    for level, cin in channels.items():
+        if keywords.get("cin", cin) != cin:
+            raise ValueError(f"The neck's `cin` must be {cin}, the channels of level {level}, got {keywords['cin']}.")
+        necks[str(level)] = ShuntedTransformer(**{**keywords, "cin": cin})
+    return necks

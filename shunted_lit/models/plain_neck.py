@@ -28,13 +28,15 @@ class PlainNeck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         neck: Any = self.neck
-        x = neck.patch_embed.proj(x)
-        H, W = x.shape[2:]
-        x = neck.patch_embed.norm(copy_to_tokens(x))
+        image, (H, W) = x, x.shape[2:]
+        embedded = neck.patch_embed.norm(copy_to_tokens(neck.patch_embed.proj(x)))
+        skipped, x = embedded[..., : neck.bypass], embedded[..., neck.bypass :]
         for block in neck.block:
             x = x + self.attention(block.attn, block.norm1(x), H, W)
             x = x + self.feed_forward(block.mlp, block.norm2(x), H, W)
-        return copy_to_image(neck.norm(x), H, W)
+        out = copy_to_image(torch.cat([skipped, neck.norm(x)], -1), H, W)
+        out = neck.layer_scale(neck.out_proj(out))
+        return out + image if neck.adds_input else out
 
     @staticmethod
     def attention(attn: Any, x: Tensor, H: int, W: int) -> Tensor:

@@ -28,25 +28,8 @@ from torch.utils.checkpoint import checkpoint
 from shunted_lit.models import ops
 from shunted_lit.models.ops import Size
 from shunted_lit.models.timm_registry import TimmBackbone, stage_strides
-from shunted_lit.models.weights import NeckWeights, init_weights
-from shunted_lit.utils.checks import check_fraction, check_minimum
-
-# The reference implementation's `sr_ratio`, one number per stage, in terms of the ratios r_i of the head groups.
-SR_RATIOS = {8: (8, 4), 4: (4, 2), 2: (2, 1), 1: (1,)}
-
-
-def parse_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
-    """Return the ratio r_i of each head group, from a sequence of them or the reference's `sr_ratio`, after checks."""
-    if isinstance(ratios, int):
-        if ratios not in SR_RATIOS:
-            raise ValueError(
-                f"`sr_ratio` must be one of {sorted(SR_RATIOS)}, as in the reference implementation, got {ratios}; "
-                f"for other ratios, give that of each head group, such as ({ratios}, 1)."
-            )
-        return SR_RATIOS[ratios]
-    if not ratios or any(not isinstance(r, int) or r < 1 for r in ratios):
-        raise ValueError(f"`ratios` must hold a whole number of at least 1 per head group, got {tuple(ratios)}.")
-    return tuple(ratios)
+from shunted_lit.models.weights import NeckWeights, init_weights, parse_ratios
+from shunted_lit.utils.checks import check_choice, check_fraction, check_lengths, check_minimum
 
 
 class PlainHeads(nn.Module):
@@ -243,9 +226,9 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     """Overlapping patch embedding of the neck (stride 1) and of stages 2 to 4 (stride 2): 3x3 convolution and norm."""
 
-    def __init__(self, cin: int, dim: int, stride: int, **dd):
+    def __init__(self, cin: int, dim: int, stride: int, kernel: int = 3, **dd):
         super().__init__()
-        self.proj = nn.Conv2d(cin, dim, 3, stride, padding=1, **dd)
+        self.proj = nn.Conv2d(cin, dim, kernel, stride, kernel // 2, **dd)
         self.norm = nn.LayerNorm(dim, **dd)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Size]:
@@ -291,22 +274,23 @@ class Stage(nn.Module):
         super().__init__()
         self.cin = cin
         self.grad_checkpointing = False
-        self.layer_scale: nn.Module | None = None  # set by `ShuntedTransformer`
         self.patch_embed = patch_embed
         self.block = nn.ModuleList(Block(dim, config, rate, **dd) for rate in drop_path)
         self.norm = config.norm_layer(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        image = ops.check_image(x, self.cin)
-        x, size = self.patch_embed(ops.to_channels_last(image))
+        x, size = self.patch_embed(ops.to_channels_last(ops.check_image(x, self.cin)))
+        return ops.to_image(self.transform(x, size), size)
+
+    def transform(self, x: Tensor, size: Size) -> Tensor:
+        """Blocks and norm: tokens (B, N, dim) of `size` (H, W) -> the same shape."""
         for block in self.block:
             if self.grad_checkpointing and not torch.jit.is_scripting():  # half a block's activations at a time
                 x = checkpoint(block.attend, x, size, use_reentrant=False)  # type: ignore[arg-type]
                 x = checkpoint(block.feed_forward, x, size, use_reentrant=False)  # type: ignore[arg-type]
             else:
                 x = block(x, size)
-        out = ops.to_image(self.norm(x), size)
-        return out if self.layer_scale is None else self.layer_scale(out) + image  # this order keeps channels_last
+        return self.norm(x)
 
 
 class ShuntedTransformer(NeckWeights, Stage):
@@ -330,9 +314,12 @@ class ShuntedTransformer(NeckWeights, Stage):
         ratios: ratio r_i of each head group, any number of them; replaces `sr_ratios`.
         aggregation, local_enhancement, feed_forward: ablation variants by name (see `ablations.py`); the paper's are
             "conv", "before" and "detail".
-        layer_scale: None for the reference's neck. A number adds the input: x + gamma * neck(x), with one factor gamma
-            per channel that starts at this number (LayerScale, Touvron et al., arXiv 2103.17239). 0 is an identity
-            initialization: a trained detector keeps its outputs until training changes them.
+        form: "reference", or "light": a 1x1 instead of the 3x3 patch embedding, half of the channels through the
+            blocks, and a 1x1 convolution that joins the halves, as in YOLO's C2PSA.
+        identity_start: add the input, x + conv(neck(x)), with a 1x1 convolution that starts at zero (ControlNet, Zhang
+            et al., arXiv 2302.05543): a trained detector keeps its outputs until training changes them.
+        layer_scale: another way to add the input: x + gamma * neck(x), with one factor per channel that starts at this
+            number (LayerScale, Touvron et al., arXiv 2103.17239). From 0 it hardly learns; use `identity_start`.
         device, dtype: of the parameters.
 
     Shape:
@@ -348,12 +335,15 @@ class ShuntedTransformer(NeckWeights, Stage):
                  attn_drop_rate: float = 0.0, drop_path_rate: float = 0.0,
                  norm_layer: Callable[..., nn.Module] = nn.LayerNorm, sr_ratios: int | Sequence[int] = 2,
                  ratios: Sequence[int] | None = None, aggregation: str = "conv", local_enhancement: str = "before",
-                 feed_forward: str = "detail", layer_scale: float | None = None,
-                 device=None, dtype=None):  # fmt: skip
+                 feed_forward: str = "detail", form: str = "reference", identity_start: bool = False,
+                 layer_scale: float | None = None, device=None, dtype=None):  # fmt: skip
         from shunted_lit.models import ablations  # here, because it imports this module
 
         check_minimum(1, depth=depth)
         check_fraction(drop_path_rate=drop_path_rate)
+        check_choice("form", form, ("reference", "light"))
+        if identity_start and layer_scale is not None:
+            raise ValueError(f"`layer_scale` must be None where `identity_start` adds the input, got {layer_scale}.")
         dd = ops.factory_keywords(device, dtype)
         variants = dict(aggregation=aggregation, local_enhancement=local_enhancement, feed_forward=feed_forward)
         config = BlockConfig(
@@ -362,11 +352,26 @@ class ShuntedTransformer(NeckWeights, Stage):
             **ablations.block_parts(**variants),
         )  # fmt: skip
         rates: Any = calculate_drop_path_rates(drop_path_rate, depth)
-        super().__init__(cin, cin, PatchEmbed(cin, cin, stride=1, **dd), drop_path=rates, config=config, **dd)
-        self.variants = variants  # `shunted-lit export` stores them with the weights
-        if layer_scale is not None:
-            self.layer_scale = LayerScale2d(cin, layer_scale, **dd)
+        kernel, dim = (1, cin // 2) if form == "light" else (3, cin)
+        super().__init__(cin, dim, PatchEmbed(cin, cin, 1, kernel, **dd), drop_path=rates, config=config, **dd)
+        self.variants = {**variants, "form": form}  # stored with the weights
+        self.bypass = cin - dim  # channels that skip the blocks
+        self.adds_input = identity_start or layer_scale is not None
+        self.out_proj = nn.Conv2d(cin, cin, 1, **dd) if identity_start or form == "light" else nn.Identity()
+        self.layer_scale = nn.Identity() if layer_scale is None else LayerScale2d(cin, layer_scale, **dd)
         self.apply(init_weights)
+        if identity_start:
+            nn.init.zeros_(self.out_proj.weight)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = ops.check_image(x, self.cin)
+        x, size = self.patch_embed(ops.to_channels_last(image))
+        if self.bypass:
+            x = torch.cat([x[..., : self.bypass], self.transform(x[..., self.bypass :], size)], -1)
+        else:
+            x = self.transform(x, size)
+        out = self.layer_scale(self.out_proj(ops.to_image(x, size)))
+        return out + image if self.adds_input else out  # this order keeps channels_last
 
     def freeze_patch_embed(self) -> None:
         """Stop training the patch embedding."""
@@ -417,14 +422,9 @@ class ShuntedBackbone(TimmBackbone):
         from shunted_lit.models import ablations  # here, because it imports this module
 
         super().__init__()
-        counts = [len(setting) for setting in (dims, depths, num_heads, mlp_ratios, ratios)]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"dims, depths, num_heads, mlp_ratios, ratios must have one entry per stage, got {counts} entries."
-            )
-        check_minimum(1, in_chans=in_chans)
+        check_lengths("stage", dims=dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, ratios=ratios)
+        check_minimum(1, in_chans=in_chans, depths=min(depths))
         check_minimum(0, num_classes=num_classes, num_conv=num_conv)
-        check_minimum(1, depths=min(depths))
         check_fraction(drop_path_rate=drop_path_rate)
         dd = ops.factory_keywords(device, dtype)
         parts = ablations.block_parts(aggregation, local_enhancement, feed_forward)

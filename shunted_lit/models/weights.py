@@ -25,6 +25,24 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"  # of a neck in a
 HUB_OPTIONS = {"revision", "cache_dir", "force_download", "local_files_only", "token"}
 
 
+# The reference implementation's `sr_ratio`, one number per stage, in terms of the ratios r_i of the head groups.
+SR_RATIOS = {8: (8, 4), 4: (4, 2), 2: (2, 1), 1: (1,)}
+
+
+def parse_ratios(ratios: int | Sequence[int]) -> tuple[int, ...]:
+    """Return the ratio r_i of each head group, from a sequence of them or the reference's `sr_ratio`, after checks."""
+    if isinstance(ratios, int):
+        if ratios not in SR_RATIOS:
+            raise ValueError(
+                f"`sr_ratio` must be one of {sorted(SR_RATIOS)}, as in the reference implementation, got {ratios}; "
+                f"for other ratios, give that of each head group, such as ({ratios}, 1)."
+            )
+        return SR_RATIOS[ratios]
+    if not ratios or any(not isinstance(r, int) or r < 1 for r in ratios):
+        raise ValueError(f"`ratios` must hold a whole number of at least 1 per head group, got {tuple(ratios)}.")
+    return tuple(ratios)
+
+
 def init_weights(module: nn.Module) -> None:
     """Initialize as the reference does: truncated normal (Linear), normal by fan-out (Conv2d), norms at 1 and 0."""
     if isinstance(module, nn.Linear):
@@ -128,19 +146,23 @@ def infer_neck_keywords(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Infer the keywords of `ShuntedTransformer` from a neck's weights.
 
     `num_heads`, `qk_scale`, `norm_layer` and ablation variants cannot be inferred. If the neck has a layer scale,
-    `layer_scale` is 0: the initial value is unknown, and loading replaces it.
+    `layer_scale` is 0: the initial value is unknown, and loading replaces it. A light neck is taken for one that adds
+    its input.
     """
-    cin, hidden = (len(weights[f"{layer}.weight"]) for layer in ("patch_embed.proj", "block.0.mlp.fc1"))
-    ratio = hidden / cin
+    first = weights["patch_embed.proj.weight"]
+    cin, (hidden, dim) = len(first), weights["block.0.mlp.fc1.weight"].shape
+    ratio = hidden / dim
     pattern = re.compile(r"block\.0\.attn\.groups\.(\d+)\.sr\.weight")
+    adds_input = {"identity_start": True} if "out_proj.weight" in weights else {}
     groups = sorted((int(match[1]), name) for name in weights if (match := pattern.fullmatch(name)))
     return {
         "cin": cin,
         "depth": len({name.split(".")[1] for name in weights if name.startswith("block.")}),
-        "mlp_ratios": ratio if int(cin * ratio) == hidden else (hidden + 0.5) / cin,  # a quotient may be rounded down
+        "mlp_ratios": ratio if int(dim * ratio) == hidden else (hidden + 0.5) / dim,  # a quotient may be rounded down
         "qkv_bias": "block.0.attn.q.bias" in weights,
         "ratios": tuple(weights[name].shape[-1] for _, name in groups) or (1,),
-        **({"layer_scale": 0.0} if "layer_scale.gamma" in weights else {}),
+        **({"form": "light"} if first.shape[-1] == 1 else {}),
+        **({"layer_scale": 0.0} if "layer_scale.gamma" in weights else adds_input),
     }
 
 
@@ -303,6 +325,7 @@ class NeckWeights(
         block: Any
         norm: nn.Module
         layer_scale: Any
+        adds_input: bool
         variants: dict[str, str]
 
     def keywords(self) -> dict[str, Any]:
@@ -318,7 +341,8 @@ class NeckWeights(
             "drop_rate": block.attn.proj_drop.p,
             "attn_drop_rate": heads[0].attn_drop,
             "drop_path_rate": round(getattr(self.block[-1].drop_path, "drop_prob", 0.0), 6),  # was float32
-            "layer_scale": None if self.layer_scale is None else self.layer_scale.init_values,
+            "identity_start": self.adds_input and isinstance(self.layer_scale, nn.Identity),
+            "layer_scale": getattr(self.layer_scale, "init_values", None),
             "norm_layer": describe_norm(self.norm),
             "dtype": str(self.patch_embed.proj.weight.dtype).removeprefix("torch."),
         }
@@ -377,6 +401,8 @@ class NeckWeights(
         weights = from_reference_names(content)
         first = "patch_embed.proj.weight"
         prefixes = {m[2]: m[1] for name in weights if (m := re.match(rf"(|.*\bnecks\.(\d+)\.){first}$", name))}
+        if any(".necks.pyramid." in name for name in weights):
+            raise ValueError(f"{path}: its neck is one across levels; load it with `ShuntedPyramid.from_checkpoint`.")
         if not prefixes:
             raise ValueError(f"{path}: holds no neck; none of its {len(weights)} tensors is named [...]{first}.")
         key = None if level is None else str(level)

@@ -2,17 +2,30 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import nn
 
-from shunted_lit.models.feature_path import FeaturePath, check_weights_source
+from shunted_lit.models.feature_path import PYRAMID, FeaturePath, check_weights_source
 from shunted_lit.models.weights import flatten, load_matching_weights, read_checkpoint
 from shunted_lit.tasks.base import BaseTask
 
 log = logging.getLogger(__name__)
+
+
+def start_as_identity(neck: dict[str, Any] | None, weights: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the keywords of the neck of a trained network: where it had none, a new one starts as an identity.
+
+    Keywords that say how the neck starts stay as they are.
+    """
+    if neck is None or any(".necks." in name for name in weights):
+        return neck
+    if neck.get("form") == PYRAMID or {"identity_start", "layer_scale"} & neck.keys():
+        return neck
+    log.info("the new neck starts as an identity; set `neck.identity_start` to false for one that does not")
+    return {**neck, "identity_start": True}
 
 
 class FeaturePathTask(BaseTask):
@@ -29,7 +42,8 @@ class FeaturePathTask(BaseTask):
         weights: Start from a file instead (a checkpoint or .safetensors). A checkpoint of the same task gives all
             weights; layers for another number of classes, and necks and heads that it lacks, start from scratch. A
             classifier of timm, of the reference implementation or of `shunted-lit fit` gives those of the backbone.
-        neck: Keywords of `ShuntedTransformer`, {} for its defaults; null: no neck.
+        neck: Keywords of `ShuntedTransformer`, {} for its defaults; null: no neck. With `form: pyramid`, keywords of
+            `ShuntedPyramid`. A new neck in a trained network (`weights`) starts as an identity by default.
         neck_levels: Levels with a neck; level l has stride 2 ** l.
         freeze_backbone: Train all but the backbone.
         grad_checkpointing: Recompute backbone and neck in the backward pass: less memory, more time.
@@ -60,6 +74,7 @@ class FeaturePathTask(BaseTask):
         if weights is not None and any(name.startswith(f"{self.network}.") for name in flatten(content)):
             check_weights_source(pretrained, weights)
             self._network_weights, weights = (weights, content), None
+            neck = self.hparams["neck"] = start_as_identity(neck, flatten(content))
         self.build_features = functools.partial(
             FeaturePath, backbone, pretrained=pretrained, weights=weights, neck=neck, neck_levels=neck_levels,
             freeze_backbone=freeze_backbone, grad_checkpointing=grad_checkpointing, backbone_options=backbone_options,

@@ -54,7 +54,9 @@ def describe_model(module: LightningModule) -> str:
     settings = module.hparams
     parts = [str(settings[name]) for name in ("detector", "decoder", "backbone") if settings.get(name)]
     if settings.get("neck") is not None:
-        parts.append(f"neck on level {', '.join(map(str, settings['neck_levels']))}")
+        form, levels = settings["neck"].get("form", "reference"), ", ".join(map(str, settings["neck_levels"]))
+        kinds = {"reference": "neck on level", "light": "light neck on level", "pyramid": "neck across levels"}
+        parts.append(f"{kinds[form]} {levels}")
     total = sum(p.numel() for p in module.parameters())
     trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     share = "all trainable" if trainable == total else f"{trainable / 1e6:.1f} M trainable"

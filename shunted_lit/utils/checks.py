@@ -35,6 +35,13 @@ def check_range(**values: tuple[float, float]) -> None:
             raise ValueError(f"`{name}` must be two numbers above 0 in ascending order, got {low} and {high}.")
 
 
+def check_lengths(unit: str, **values: Sequence[Any]) -> None:
+    """Raise ValueError unless all sequences have the same length, one entry per `unit`."""
+    counts = [len(value) for value in values.values()]
+    if len(set(counts)) > 1:
+        raise ValueError(f"{', '.join(values)} must have one entry per {unit}, got {counts} entries.")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError, with close names, where `value` is not one of `choices`."""
     known = sorted(choices)

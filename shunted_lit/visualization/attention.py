@@ -29,8 +29,8 @@ class AttentionMap:
     Attributes:
         name: of the head group in the network, such as stages.2.block.3.attn.groups.0.
         ratio: r: r x r tokens are merged into one key.
-        stride: pixels of the network's input per token.
-        token: column and row of the query token.
+        stride: pixels of the network's input per token, from which keys are merged.
+        token: column and row of the query token; in a neck across levels, of the finest level.
         weights: (B, heads, h, w), float32: the weight of each of the h x w keys; they sum to 1 in each head.
     """
 
@@ -43,6 +43,11 @@ class AttentionMap:
     def over_equal(self) -> Tensor:
         """Return the mean weights of the heads, (B, h, w), relative to equal attention to all keys."""
         return self.weights.mean(1) * self.weights[0, 0].numel()
+
+
+def is_same_block(name: str, other: str) -> bool:
+    """Return whether two head groups, by name, belong to one block."""
+    return name.rpartition(".groups.")[0] == other.rpartition(".groups.")[0]
 
 
 def find_heads(model: nn.Module) -> dict[str, PlainHeads]:
@@ -72,8 +77,10 @@ def record_attention(model: nn.Module, point: Point, size: Size) -> Iterator[lis
     def attend(name: str, heads: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         H, W = sizes[name]
         ratio, stride = heads.ratio, token_stride(size, (H, W))
-        column, row = min(int(point[0] // stride), W - 1), min(int(point[1] // stride), H - 1)
-        query = split_heads(q[:, row * W + column, None], heads.num_heads)
+        h, w = max(sizes[other] for other in sizes if is_same_block(other, name))  # queries of the finest level
+        query_stride = token_stride(size, (h, w))
+        column, row = min(int(point[0] // query_stride), w - 1), min(int(point[1] // query_stride), h - 1)
+        query = split_heads(q[:, row * w + column, None], heads.num_heads)
         products = (query @ split_heads(k, heads.num_heads).transpose(-2, -1)).float() * heads.scale
         weights = products.softmax(-1).unflatten(-1, (-(-H // ratio), -(-W // ratio))).squeeze(2)
         maps.append(AttentionMap(name, ratio, stride, (column, row), weights.detach().cpu()))
@@ -221,8 +228,11 @@ class AttentionCost:
     flops: dict[str, int]
 
 
-def attention_costs(model: nn.Module, x: Tensor) -> list[AttentionCost]:
-    """Count tokens and FLOPs of every head group for an input (1, C, H, W), which may be on the "meta" device."""
+def attention_costs(model: nn.Module, x: Tensor | list[Tensor]) -> list[AttentionCost]:
+    """Count tokens and FLOPs of every head group for an input (1, C, H, W), which may be on the "meta" device.
+
+    A neck across levels takes a list of maps.
+    """
     calls: dict[str, tuple[Any, Tensor, Size]] = {}
 
     def record_call(name: str, heads: nn.Module, inputs: tuple[Tensor, Tensor, Size]) -> None:
@@ -241,8 +251,9 @@ def attention_costs(model: nn.Module, x: Tensor) -> list[AttentionCost]:
     for name, (heads, q, (H, W)) in calls.items():
         keys = -(-H // heads.ratio) * -(-W // heads.ratio)
         module = f"{type(model).__name__}.{name}"
-        aggregation, attention = flops.get(f"{module}.sr", 0), 4 * H * W * keys * q.shape[-1]
+        queries = q.shape[1]
+        aggregation, attention = flops.get(f"{module}.sr", 0), 4 * queries * keys * q.shape[-1]
         projection = flops[module] - aggregation - attention
         parts = {"aggregation": aggregation, "projection": projection, "attention": attention}
-        costs.append(AttentionCost(name, heads.ratio, heads.num_heads, H * W, keys, parts))
+        costs.append(AttentionCost(name, heads.ratio, heads.num_heads, queries, keys, parts))
     return costs

@@ -21,12 +21,26 @@ def test_table_has_a_row_per_head_group_and_the_networks_total(capsys):
     assert f"together {heads:.0f} of the network's {total:.0f} MFLOPs" in output
 
 
+def test_a_neck_across_levels_has_a_row_per_level(capsys):
+    """Queries of all levels meet the keys of each; the products of queries and keys, and of weights and values."""
+    main(["cost", "pyramid", "--options={channels: [16, 24]}", "--height=9", "--width=4"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip().startswith("block.0")]
+    queries = 9 * 4 + 5 * 2
+    assert [row[:5] for row in rows] == [
+        ["block.0", "2", "1", f"{queries}", "10"],
+        ["block.0", "1", "1", f"{queries}", "10"],
+    ]
+    assert {row[7] for row in rows} == {f"{4 * queries * 10 * 32 / 1e6:.1f}"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["shunted_u"], "`name` must be one of neck, shunted_b, shunted_s, shunted_t, got 'shunted_u'"),
+        (["shunted_u"], "`name` must be one of neck, pyramid, shunted_b, shunted_s, shunted_t, got 'shunted_u'"),
         (["neck", "--height=0"], "`height` must be at least 1, got 0"),
         (["neck", "--options={ratio: 2}"], "neck.* ratio"),
+        (["pyramid"], "`options` must be keywords of pyramid, got {} .*missing 1 required .*'channels'"),
+        (["pyramid", "--options={channels: [8, 8], ratio: [1, 2]}"], "the neck across levels has no keyword 'ratio'"),
     ],
 )
 def test_wrong_arguments_are_reported(arguments, message):

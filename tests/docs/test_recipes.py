@@ -1,4 +1,4 @@
-"""The recipes of docs/neck.md for other detectors train, save and load; smaller, but built by the page's own code."""
+"""The recipes of the documentation work: smaller, but built by the pages' own code."""
 
 import copy
 import re
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from transformers import RTDetrResNetConfig
 
-PAGE = Path(__file__).parents[2] / "docs" / "neck.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +18,9 @@ def offline_and_seeded(monkeypatch):
     torch.manual_seed(0)
 
 
-def run_recipe(word):
-    """Run the only Python block with this word, and return the names that it defines."""
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+def run_recipe(word, page="neck.md"):
+    """Run the only Python block of a page with this word, and return the names that it defines."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     (block,) = [block for block in blocks if word in block]
     names: dict = {}
     exec(block, names)
@@ -54,7 +54,7 @@ def test_rtdetr_with_the_neck_starts_as_its_base_and_trains():
         torch.testing.assert_close(model(x).logits, base(x).logits)
     labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
     assert not train_one_step(model, model.train()(x, labels=labels).loss)
-    assert model.model.encoder_input_proj[-1][-1].layer_scale.gamma.any()
+    assert model.model.encoder_input_proj[-1][-1].out_proj.weight.any()
 
     torch.save(model.state_dict(), "model.pt")
     loaded = with_neck(model_class(config))
@@ -70,7 +70,7 @@ def test_fcos_with_the_neck_trains_and_loads_from_its_checkpoint():
     x = [torch.rand(3, 64, 96)]
     target = {"boxes": torch.tensor([[4.0, 6, 40, 50]]), "labels": torch.tensor([2])}
     assert not train_one_step(task, sum(task.train().detector(x, [target]).values()))
-    assert task.detector.backbone.body.necks["5"].layer_scale.gamma.any()
+    assert task.detector.backbone.body.necks["5"].out_proj.weight.any()
 
     trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False, enable_model_summary=False)
     trainer.strategy.connect(task)

@@ -77,6 +77,24 @@ def feed_forward(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
     return linear(gelu(hidden + detail), weights, "fc2")
 
 
+def under(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
+def convolution(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """(B, C, H, W), a k x k kernel, zeros around -> (B, H, W, cout)."""
+    kernel = weights[f"{name}.weight"]
+    B, C, H, W = x.shape
+    k = kernel.shape[-1]
+    wide = x.new_zeros(B, C, H + k - 1, W + k - 1)
+    wide[:, :, k // 2 : k // 2 + H, k // 2 : k // 2 + W] = x
+    out = weights[f"{name}.bias"].expand(B, H, W, len(kernel)).clone()
+    for i in range(k):
+        for j in range(k):
+            out += wide[:, :, i : i + H, j : j + W].permute(0, 2, 3, 1) @ kernel[:, :, i, j].T
+    return out
+
+
 def neck(
     x: Tensor,
     weights: dict[str, Tensor],
@@ -85,25 +103,52 @@ def neck(
     ratios: tuple[int, ...],
     scale: float | None = None,
     eps: float = 1e-5,
+    adds_input: bool = False,
 ) -> Tensor:
-    """The neck on (B, C, H, W), in the precision of its arguments."""
-
-    def under(prefix: str) -> dict[str, Tensor]:
-        return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-    B, C, H, W = x.shape
-    wide = x.new_zeros(B, C, H + 2, W + 2)
-    wide[:, :, 1:-1, 1:-1] = x
-    kernel = weights["patch_embed.proj.weight"]
-    tokens = weights["patch_embed.proj.bias"].expand(B, H, W, C).clone()
-    for i in range(3):
-        for j in range(3):
-            tokens += wide[:, :, i : i + H, j : j + W].permute(0, 2, 3, 1) @ kernel[:, :, i, j].T
-    tokens = layer_norm(tokens, weights, "patch_embed.norm", 1e-5)
+    """The neck on (B, C, H, W), in the precision of its arguments; of the light form if its blocks are narrow."""
+    tokens = layer_norm(convolution(x, weights, "patch_embed.proj"), weights, "patch_embed.norm", 1e-5)
+    dim = len(weights["norm.weight"])
+    skipped, tokens = tokens[..., :-dim], tokens[..., -dim:]
     for j in range(depth):
-        block = under(f"block.{j}.")
+        block = under(weights, f"block.{j}.")
         normed = layer_norm(tokens, block, "norm1", eps)
-        scaled = scale or (C // num_heads) ** -0.5
-        tokens = tokens + attention(normed, under(f"block.{j}.attn."), num_heads, ratios, scaled)
-        tokens = tokens + feed_forward(layer_norm(tokens, block, "norm2", eps), under(f"block.{j}.mlp."))
-    return layer_norm(tokens, weights, "norm", eps).permute(0, 3, 1, 2)
+        scaled = scale or (dim // num_heads) ** -0.5
+        tokens = tokens + attention(normed, under(weights, f"block.{j}.attn."), num_heads, ratios, scaled)
+        tokens = tokens + feed_forward(layer_norm(tokens, block, "norm2", eps), under(weights, f"block.{j}.mlp."))
+    out = torch.cat([skipped, layer_norm(tokens, weights, "norm", eps)], -1)
+    if "out_proj.weight" in weights:
+        out = linear(out, {name: value.squeeze() for name, value in weights.items()}, "out_proj")
+    out = out.permute(0, 3, 1, 2)
+    return x + out if adds_input else out
+
+
+def pyramid(maps: list[Tensor], weights: dict[str, Tensor], depth: int, num_heads: int,
+            ratios: tuple[int, ...]) -> list[Tensor]:  # fmt: skip
+    """The neck across levels, one query level, head group and head after the other."""
+    levels = [convolution(x, weights, f"patch_embed.{i}") + weights["level_embed"][i] for i, x in enumerate(maps)]
+    d, heads = levels[0].shape[-1] // num_heads, num_heads // len(maps)
+    for j in range(depth):
+        block, attn = under(weights, f"block.{j}."), under(weights, f"block.{j}.attn.")
+        normed = [layer_norm(x, block, "norm1", 1e-5) for x in levels]
+        for i, tokens in enumerate(levels):
+            B, H, W, C = tokens.shape
+            q = linear(normed[i], attn, "q").reshape(B, H * W, C)
+            outputs = []
+            for head in range(num_heads):
+                group, place = divmod(head, heads)
+                name = f"groups.{group}"
+                keys = aggregate(normed[group], attn, name, ratios[group])
+                h, w = keys.shape[1:3]
+                kv = linear(keys, attn, f"{name}.kv")
+                columns = slice(place * d, (place + 1) * d)
+                k, v = kv[..., : heads * d][..., columns], kv[..., heads * d :][..., columns]
+                kernel, bias = (attn[f"{name}.local_conv.{kind}"][columns] for kind in ("weight", "bias"))
+                v = v + depthwise(v, kernel, bias)
+                scores = q[..., head * d : (head + 1) * d] @ k.reshape(B, h * w, d).transpose(1, 2) * d**-0.5
+                outputs.append(torch.softmax(scores, dim=-1) @ v.reshape(B, h * w, d))
+            levels[i] = tokens + linear(torch.cat(outputs, -1).reshape(B, H, W, C), attn, "proj")
+        mlp = under(weights, f"block.{j}.mlp.")
+        levels = [x + feed_forward(layer_norm(x, block, "norm2", 1e-5), mlp) for x in levels]
+    outputs = [layer_norm(x, weights, "norm", 1e-5).permute(0, 3, 1, 2) for x in levels]
+    return [x + convolution(out, weights, f"out_proj.{i}").permute(0, 3, 1, 2) for i, (x, out) in
+            enumerate(zip(maps, outputs, strict=True))]  # fmt: skip

@@ -129,7 +129,7 @@ def test_necks_have_the_channels_of_the_layer_before_at_every_scale(family, scal
 
 @pytest.mark.parametrize("after", [None, [4, 6, 10], [5, 9, 16, 22]])
 def test_outputs_equal_the_base_wherever_necks_are_inserted(after, base):
-    """With a layer scale of 0 a neck is an identity, so that a wrong layer number changes the outputs."""
+    """A new neck is an identity, so that a wrong layer number changes the outputs."""
     path = Path(f"{NANO}-shunted.yaml")
     adapter.write_yaml(NANO, path, after, neck=SMALL)
     model, base_model = YOLO(path).model, YOLO(base).model
@@ -140,8 +140,44 @@ def test_outputs_equal_the_base_wherever_necks_are_inserted(after, base):
     x = torch.rand(1, 3, 64, 64)
     for neck in necks:
         before = predict(model, x)
-        nn.init.ones_(neck.layer_scale.gamma)
+        nn.init.dirac_(neck.out_proj.weight)
         assert not torch.equal(predict(model, x), before), "no layer reads the neck"
+
+
+@pytest.mark.parametrize("neck", [{"form": "light"}, {"form": "pyramid"}, {"form": "pyramid", "ratios": [8, 2]}])
+def test_other_forms_start_with_the_outputs_of_the_base_and_change_them(neck, base):
+    path = Path(f"{NANO}-shunted.yaml")
+    levels = [19, 16] if "ratios" in neck else None  # of the maps that the head reads
+    adapter.write_yaml(NANO, path, levels, neck=neck)
+    model, base_model = YOLO(path).model, YOLO(base).model
+    assert adapter.transfer_weights(model, base_model) == (len(base_model.state_dict()),) * 2
+    assert_same_outputs(model, base_model)
+    x = torch.rand(1, 3, 64, 96)
+    before = predict(model, x)
+    for name, parameter in model.named_parameters():
+        if ".out_proj." in name and name.endswith(".weight"):
+            nn.init.dirac_(parameter)
+            after = predict(model, x)
+            assert not torch.equal(after, before), f"nothing reads the output of {name}"
+            before = after
+
+
+def test_the_neck_across_levels_has_the_channels_of_each_scale():
+    for scale in "nsx":
+        adapter.write_yaml(f"{FAMILIES[0]}{scale}", Path(f"{scale}.yaml"), neck={"form": "pyramid"})
+        path = Path(f"{FAMILIES[0]}{scale}-pyramid.yaml")
+        Path(f"{scale}.yaml").rename(path)
+        layers = build_layers(path)
+        assert layers[23].channels == [layers[i].cv2.conv.out_channels for i in (16, 19, 22)]
+        assert layers[27].f == [24, 25, 26]
+
+
+@pytest.mark.skipif(not HAS_RESTRICTED_LOADING, reason="this version of Ultralytics has no restricted loading")
+def test_restricted_loading_accepts_a_neck_across_levels(restored_safe_globals):
+    adapter.write_yaml(NANO, Path(f"{NANO}-pyramid.yaml"), neck={"form": "pyramid"})
+    YOLO(f"{NANO}-pyramid.yaml").save("pyramid.pt")
+    checkpoint, _ = tasks.torch_safe_load("pyramid.pt", safe_only=True)
+    assert (checkpoint["ema"] or checkpoint["model"]).model[23].f == [16, 19, 22]
 
 
 def test_negative_sources_are_renumbered():
@@ -163,9 +199,9 @@ def test_file_name_without_scale_keeps_the_scale_of_the_base():
 def test_yaml_command_writes_the_keywords_of_the_neck():
     main(["yolo", "yaml", "--base", f"{FAMILIES[0]}s", "--after", "10", "--out", f"{FAMILIES[0]}s-shunted.yaml"])
     main(["yolo", "yaml", "--base", "yolo11m", "--after", "[6, 10]", "--out", "two.yaml", "--neck.depth", "2",
-          "--neck.num_heads", "4", "--neck.ratios", "[4, 2, 1, 1]", "--neck.layer_scale", "null"])  # fmt: skip
+          "--neck.num_heads", "4", "--neck.ratios", "[4, 2, 1, 1]", "--neck.identity_start", "false"])  # fmt: skip
     layers = yaml.safe_load(Path("two.yaml").read_text())["backbone"]
-    keywords = {"layer_scale": None, "depth": 2, "num_heads": 4, "ratios": [4, 2, 1, 1]}
+    keywords = {"identity_start": False, "depth": 2, "num_heads": 4, "ratios": [4, 2, 1, 1]}
     assert [layers[i] for i in (7, 12)] == [[-1, 1, "ShuntedTransformer", ["c2", keywords]]] * 2
     assert build_layers(f"{FAMILIES[0]}s-shunted.yaml")[11].cin == 512
 
@@ -216,6 +252,12 @@ MODEL_YAMLS = {
             {"device": "cuda"},
             "the neck's `device` follows from the layer before it, got 'cuda'; omit it",
         ),
+        ("yolo11s", None, {"form": "wide"}, mentions("form", "'wide'", "light, pyramid, reference")),
+        ("yolo11s", [16, 10], {"form": "pyramid"}, r"two or more of the layers \[16, 19, 22\], .*, got \[10, 16\]"),
+        ("yolo11s", 16, {"form": "pyramid"}, r"two or more of the layers \[16, 19, 22\], .*, got \[16\]"),
+        ("yolo11s-cls", None, {"form": "pyramid"}, r"two or more of the layers .* the head of yolo11s-cls reads"),
+        ("yolo11s", None, {"form": "pyramid", "depht": 1}, mentions("the neck across levels", "depht", "depth")),
+        ("yolo11s", None, {"form": "pyramid", "dim": 31}, mentions("num_heads", "31")),
         ("yolo11s", 10, {"cin": 512}, "the neck's `cin` follows from the layer before it, got 512; omit it"),
         ("list.yaml", 1, {}, "layer 1 of list.yaml, .*CBLinear, must return one map.*, got tuple; choose another"),
         ("yolo11s", 10, {"num_heads": 3}, mentions("layer 10 of yolo11s has 512 channels", "3")),
@@ -330,7 +372,7 @@ def test_every_model_of_ultralytics_takes_the_neck_and_its_weights(name, random_
     loaded, total = re.search(r"mine.pt: loaded (\d+) of (\d+) tensors", capsys.readouterr().out).groups()
     assert int(loaded) == int(total) > 100
     (neck,) = (layer for layer in written.model.model if adapter.is_neck(layer))
-    nn.init.constant_(neck.layer_scale.gamma, 100.0)
+    nn.init.normal_(neck.out_proj.weight, std=100.0)
     with pytest.raises(AssertionError, match="not"):  # else no layer reads the neck
         torch.testing.assert_close(predict(written.model, IMAGE), outputs)
 
@@ -378,7 +420,7 @@ def test_neck_trained_by_fit_is_loaded():
     trainer.strategy.connect(task)
     trainer.save_checkpoint("run.ckpt")
     trained = task.detector.backbone.body.necks["4"].state_dict()
-    for name, neck in {"plain": {"layer_scale": None}, "scaled": {}}.items():
+    for name, neck in {"plain": {"identity_start": False}, "identity": {}, "scaled": {"layer_scale": 0.0}}.items():
         model, out = Path(f"{name}.yaml"), Path(f"{name}.pt")
         adapter.write_yaml(NANO, model, [6, 10], neck={"depth": 1, "num_heads": 4, **neck})
         if NANO == "yolo26n":  # layer 6 has 128 channels; layer 10 has 256, as level 4 of resnet18
@@ -386,7 +428,8 @@ def test_neck_trained_by_fit_is_loaded():
                 adapter.write_weights(model, out, neck="run.ckpt", layer=7)
         adapter.write_weights(model, out, neck="run.ckpt", layer=12)
         loaded = YOLO(out).model.model[12].state_dict()
-        assert not loaded.pop("layer_scale.gamma", torch.zeros(1)).any()
+        for added in ("layer_scale.gamma", "out_proj.weight", "out_proj.bias"):
+            assert not loaded.pop(added, torch.zeros(1)).any()
         assert loaded.keys() == trained.keys()
         for key, value in loaded.items():
             torch.testing.assert_close(value, trained[key], rtol=1e-3, atol=1e-4)  # a .pt holds half precision
@@ -399,7 +442,7 @@ def test_neck_trained_by_fit_is_loaded():
 def test_a_neck_leaves_a_yolo_and_enters_another_by_a_folder(with_neck):
     YOLO(with_neck / "neck.pt").model.model[11].save_pretrained("folder")
     neck = package.ShuntedTransformer.from_pretrained("folder", dtype=torch.float32)  # a .pt holds half precision
-    assert neck.keywords() == package.ShuntedTransformer(256, layer_scale=0.0, **SMALL).keywords()
+    assert neck.keywords() == package.ShuntedTransformer(256, identity_start=True, **SMALL).keywords()
     neck.save_pretrained("float32")
     adapter.write_weights(str(with_neck / "neck.yaml"), "out.pt", neck="float32/model.safetensors")
     loaded = YOLO("out.pt").model.model[11].state_dict()

@@ -126,10 +126,10 @@ def test_command_predicts_with_restricted_loading(best, scenes):
 
 @pytest.fixture(scope="module")
 def scaled(best, tmp_path_factory):
-    """The trained detector with a layer scale of 0.5, such that the neck changes the outputs."""
+    """The trained detector with a neck that changes its outputs visibly."""
     path = tmp_path_factory.mktemp("scaled") / "scaled.pt"
     yolo = YOLO(best)
-    nn.init.constant_(yolo.model.model[11].layer_scale.gamma, 0.5)
+    nn.init.dirac_(yolo.model.model[11].out_proj.weight)
     yolo.save(path)
     return path
 
@@ -180,19 +180,30 @@ P2 = f"{NANO}-p2" if "yolo26-p2" in INSTALLED else "yolov8n-p2"
 
 @pytest.mark.parametrize("name", [P2, *(f"{NANO}-{task}" for task in ("seg", "pose", "obb", "cls"))])
 def test_each_task_trains_predicts_and_exports_with_the_neck(name, tmp_path):
-    adapter.write_yaml(name, Path(f"{name}-shunted.yaml"), neck=SMALL)
+    train_predict_and_export(name, SMALL, tmp_path)
+
+
+@pytest.mark.parametrize("form", ["light", "pyramid"])
+def test_each_form_of_the_neck_trains_predicts_and_exports(form, tmp_path):
+    train_predict_and_export(NANO, {"form": form}, tmp_path)
+
+
+def train_predict_and_export(name, neck, tmp_path):
+    adapter.write_yaml(name, Path(f"{name}-shunted.yaml"), neck=neck)
     yolo = YOLO(f"{name}-shunted.yaml")
     data = write_task_data(tmp_path / "data", yolo.task)
     yolo.train(data=data, epochs=1, imgsz=64, batch=4, workers=0, plots=False, device="cpu", project=str(tmp_path))
     (checkpoint,) = tmp_path.rglob("best.pt")
     trained = YOLO(checkpoint)
-    (neck,) = (layer for layer in trained.model.model if adapter.is_neck(layer))
-    assert neck.layer_scale.gamma.any(), "training has reached the neck"
+    projections = [p for n, p in trained.model.named_parameters() if ".out_proj." in n and p.ndim == 4]
+    assert projections
+    assert all(projection.any() for projection in projections), "training has reached the neck"
     (image, *_) = sorted((tmp_path / "data").rglob("*.png"))
     (result,) = trained.predict(image, imgsz=64, conf=0.0, verbose=False)
     fields = {"segment": "masks", "pose": "keypoints", "obb": "obb", "classify": "probs"}
     assert len(getattr(result, fields.get(yolo.task, "boxes")).data) > 0
-    nn.init.constant_(neck.layer_scale.gamma, 0.5)
+    for projection in projections:
+        nn.init.dirac_(projection)
     x = torch.rand(1, 3, 64, 64)
     expected = predict(trained.model, x)
     trained.ckpt_path = str(tmp_path / "model.pt")  # Ultralytics writes the ONNX file next to it

@@ -37,8 +37,8 @@ def test_neck_changes_only_its_level():
     torch.testing.assert_close(features["5"], path.necks["5"](c5))
 
 
-def test_layer_scale_of_zero_is_an_identity_initialization():
-    path = FeaturePath("resnet18", levels=(4, 5), neck={**SMALL, "layer_scale": 0.0}).eval()
+def test_a_new_neck_can_start_as_an_identity():
+    path = FeaturePath("resnet18", levels=(4, 5), neck={**SMALL, "identity_start": True}).eval()
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(path(x)["5"], path.backbone(x)[1])
 

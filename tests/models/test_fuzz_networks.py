@@ -27,7 +27,8 @@ def neck_options(draw):
         "aggregation": draw(st.sampled_from(["conv", "avg", "max", "linear"])),
         "local_enhancement": draw(st.sampled_from(["before", "after", "none"])),
         "feed_forward": draw(st.sampled_from(["detail", "conventional"])),
-        "layer_scale": draw(st.sampled_from([None, 0.0, 0.5])),
+        **draw(st.sampled_from([{}, {"layer_scale": 0.0}, {"layer_scale": 0.5}, {"identity_start": True}])),
+        "form": draw(st.sampled_from(["reference", "light"])),
     }
     faults = {"cin": 0, "depth": 0, "num_heads": 5, "mlp_ratios": 0.01, "ratios": (0,), "feed_forward": "none such"}
     fault = draw(st.sampled_from([None] * 24 + [*faults]))

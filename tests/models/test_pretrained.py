@@ -22,6 +22,7 @@ OPTIONS = {
     "cin": 24, "depth": 2, "num_heads": 6, "mlp_ratios": 2.5, "qkv_bias": False, "qk_scale": 0.3, "drop_rate": 0.1,
     "attn_drop_rate": 0.2, "drop_path_rate": 0.3, "ratios": (8, 4, 2), "aggregation": "linear",
     "local_enhancement": "after", "feed_forward": "conventional", "layer_scale": 0.5, "dtype": torch.bfloat16,
+    "form": "light", "identity_start": False,
     "norm_layer": partial(nn.LayerNorm, eps=1e-3),
 }  # fmt: skip
 
@@ -107,7 +108,7 @@ def test_push_to_hub_uploads_what_from_pretrained_downloads(monkeypatch, tmp_pat
     monkeypatch.setattr(
         weights, "hf_hub_download", lambda *args, **options: calls.append((args, options)) or tmp_path / "hub" / args[1]
     )
-    neck, x = ShuntedTransformer(cin=8, depth=1, layer_scale=0.0).eval(), torch.randn(1, 8, 3, 3)
+    neck, x = ShuntedTransformer(cin=8, depth=1, identity_start=True).eval(), torch.randn(1, 8, 3, 3)
     neck.push_to_hub("user/neck")
     assert sorted(file.name for file in (tmp_path / "hub").iterdir()) == [
         "README.md",

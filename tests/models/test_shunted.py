@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from shunted_lit import ShuntedBackbone, ShuntedSelfAttention, ShuntedTransformer
 from shunted_lit.models import ops
-from shunted_lit.models.shunted import SR_RATIOS, DetailSpecificFeedForward
-from shunted_lit.models.weights import from_reference_names
+from shunted_lit.models.shunted import DetailSpecificFeedForward
+from shunted_lit.models.weights import SR_RATIOS, from_reference_names
 
 NECKS = [name for name, case in CASES.items() if case["kind"] == "neck"]
 
@@ -119,8 +119,11 @@ def necks(draw):
     groups = draw(st.integers(1, 4))
     ratios = tuple(draw(st.lists(st.integers(1, 5), min_size=groups, max_size=groups)))
     num_heads = groups * draw(st.integers(1, 2))
+    form = draw(st.sampled_from(["reference", "light"]))
     return {
-        "cin": num_heads * draw(st.sampled_from([2, 3])),
+        "cin": num_heads * draw(st.sampled_from([2, 3])) * (2 if form == "light" else 1),
+        "form": form,
+        "identity_start": draw(st.booleans()),
         "depth": draw(st.integers(1, 2)),
         "num_heads": num_heads,
         "mlp_ratios": draw(st.sampled_from([1, 2.5])),
@@ -141,8 +144,9 @@ def test_neck_equals_the_formulas_at_any_size(keywords, height, width, batch, se
     with torch.no_grad():
         result = model(x)
         expected = plain.neck(
-            x, model.state_dict(), keywords["depth"], keywords["num_heads"], keywords["ratios"], keywords["qk_scale"]
-        )
+            x, model.state_dict(), keywords["depth"], keywords["num_heads"], keywords["ratios"], keywords["qk_scale"],
+            adds_input=keywords["identity_start"],
+        )  # fmt: skip
     torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -530,13 +534,90 @@ def test_from_checkpoint_reads_the_layer_scale(tmp_path):
     torch.testing.assert_close(twin(x), neck(x), rtol=0, atol=0)
 
 
+# --- the identity start and the light form, which the reference does not have
+
+
+@pytest.mark.parametrize("form", ["reference", "light"])
+def test_identity_start_keeps_the_input_to_the_bit(form):
+    neck = ShuntedTransformer(cin=16, depth=2, form=form, identity_start=True)
+    x = torch.randn(2, 16, 5, 7)
+    assert torch.equal(neck(x), x)
+    assert neck(x).is_contiguous(memory_format=torch.channels_last)
+
+
+def share_after_200_steps(**options):
+    """Train where the neck is needed, to tell whether a place is brighter than its image, and return what it adds.
+
+    Returns:
+        The norm of what the neck adds, relative to that of its input; and the loss.
+    """
+    torch.manual_seed(0)
+    neck = ShuntedTransformer(cin=16, depth=1, **options)
+    network = nn.Sequential(nn.Conv2d(1, 16, 1), neck, nn.Conv2d(16, 1, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    for _ in range(200):
+        x = torch.randn(8, 1, 8, 8) + 3 * torch.randn(8, 1, 1, 1)
+        target = (x > x.mean((2, 3), keepdim=True)).float()
+        loss = nn.functional.binary_cross_entropy_with_logits(network(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    with torch.no_grad():
+        features = network[0](x)
+        return float((neck(features) - features).norm() / features.norm()), float(loss.detach())
+
+
+def test_identity_start_learns_more_than_a_layer_scale():
+    share, loss = share_after_200_steps(identity_start=True)
+    scaled_share, scaled_loss = share_after_200_steps(layer_scale=0.0)
+    assert share > 0.5, share
+    assert share > 2 * scaled_share, (share, scaled_share)
+    assert loss < scaled_loss, (loss, scaled_loss)
+
+
+def test_the_light_form_learns_from_its_identity_start():
+    share, _ = share_after_200_steps(form="light", identity_start=True)
+    assert share > 0.2, share
+
+
+@pytest.mark.parametrize(
+    "options", [{"form": "light"}, {"identity_start": True}, {"form": "light", "identity_start": True}]
+)
+def test_forms_are_recognized_by_their_weights(options, tmp_path):
+    neck = ShuntedTransformer(cin=16, depth=1, **options)
+    nn.init.normal_(neck.out_proj.weight)
+    torch.save({"state_dict": {f"x.necks.5.{k}": v for k, v in neck.state_dict().items()},
+                "hyper_parameters": {"neck": {"depth": 1, **options}}}, tmp_path / "run.ckpt")  # fmt: skip
+    x = torch.randn(1, 16, 5, 7)
+    torch.testing.assert_close(ShuntedTransformer.from_checkpoint(tmp_path / "run.ckpt")(x), neck(x), rtol=0, atol=0)
+    plain = ShuntedTransformer(cin=16, depth=1)
+    with pytest.raises(ValueError, match=r"They fit ShuntedTransformer\(.*" + next(iter(options))):
+        plain.load_state_dict(neck.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"form": "heavy"}, "`form` must be one of light, reference, got 'heavy'"),
+        (
+            {"identity_start": True, "layer_scale": 0.0},
+            "`layer_scale` must be None where `identity_start` adds the input",
+        ),
+        ({"form": "light", "cin": 2}, "`num_heads` must divide the channels, got 2 heads and 1 channels"),
+    ],
+)
+def test_forms_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ShuntedTransformer(**{"cin": 8, **options})
+
+
 # --- copying, exporting and compiling
 
 
-@pytest.fixture(params=[None, 0.5], ids=["reference", "layer scale"])
+@pytest.fixture(params=[{}, {"layer_scale": 0.5}, {"form": "light"}], ids=["reference", "layer scale", "light"])
 def neck(request):
     torch.manual_seed(0)
-    return ShuntedTransformer(cin=8, depth=1, num_heads=4, ratios=(4, 1), layer_scale=request.param).eval()
+    return ShuntedTransformer(cin=8, depth=1, num_heads=4, ratios=(4, 1), **request.param).eval()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "save", "script", "trace"])

@@ -60,14 +60,25 @@ def test_segmenter_with_new_neck_and_auxiliary_head_loads_the_rest(decoder, tmp_
     assert f"not loaded: {names}" in caplog.text
 
 
-def test_new_neck_with_layer_scale_zero_keeps_the_outputs(tmp_path):
+@pytest.mark.parametrize("neck", [{"depth": 1}, {"form": "light"}, {"form": "pyramid"}, {"layer_scale": 0.0}])
+def test_a_new_neck_in_a_trained_detector_keeps_its_outputs(neck, tmp_path):
     before = DetectionTask(2, **SMALL).eval()
     weights = save(before, tmp_path / "run.ckpt")
-    after = DetectionTask(2, weights=weights, neck={"depth": 1, "layer_scale": 0.0}, **SMALL).eval()
+    after = DetectionTask(2, weights=weights, neck=neck, neck_levels=[4, 5], **SMALL).eval()
     image = torch.rand(3, 64, 64)
     with torch.no_grad():
         for one, other in zip(before([image]), after([image]), strict=True):
             assert all(one[key].equal(other[key]) for key in one)
+    rebuilt = DetectionTask(**after.hparams)
+    assert rebuilt.state_dict().keys() == after.state_dict().keys(), "as it is loaded from a checkpoint"
+
+
+def test_a_neck_can_also_start_otherwise_and_a_trained_one_stays(tmp_path):
+    weights = save(DetectionTask(2, **SMALL), tmp_path / "run.ckpt")
+    task = DetectionTask(2, weights=weights, neck={"depth": 1, "identity_start": False}, **SMALL)
+    assert not hasattr(task.detector.backbone.body.necks["5"].out_proj, "weight")
+    with_neck = save(task, tmp_path / "with_neck.ckpt")
+    assert not changed_tensors(DetectionTask(2, weights=with_neck, neck={"depth": 1}, **SMALL), with_neck)
 
 
 def test_equal_number_of_classes_loads_everything_and_warns_of_other_names(tmp_path, caplog):

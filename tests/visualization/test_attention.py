@@ -1,5 +1,6 @@
 """Recorded attention and its cost against plain formulas; recording changes nothing; pictures have one scale."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import shunted_lit  # noqa: F401 - registers the variants with timm
+from shunted_lit.models.feature_path import FeaturePath
 from shunted_lit.models.shunted import PlainHeads, ShuntedBackbone, ShuntedTransformer
 from shunted_lit.visualization.attention import (
     AttentionMap,
@@ -26,6 +28,24 @@ def head_groups(neck):
     return [group for block in neck.block for group in block.attn.groups]
 
 
+def run_and_capture(model, x, groups):
+    """Run a model, and return the output of each head group's attention and its values (B, heads, n, d)."""
+    outputs, values = [], []
+
+    def attend(heads, q, k, v):
+        outputs.append(PlainHeads.attend(heads, q, k, v))
+        values.append(v.unflatten(-1, (heads.num_heads, -1)).transpose(1, 2))
+        return outputs[-1]
+
+    for heads in groups:
+        heads.attend = partial(attend, heads)
+    with torch.no_grad():
+        model(x)
+    for heads in groups:
+        del heads.attend
+    return outputs, values
+
+
 @given(
     ratios=st.lists(st.integers(1, 5), min_size=1, max_size=4).filter(lambda ratios: 4 % len(ratios) == 0),
     height=st.integers(1, 12), width=st.integers(1, 12), batch=st.integers(1, 2), data=st.data(),
@@ -36,20 +56,7 @@ def test_maps_are_the_weights_that_attention_used(ratios, height, width, batch, 
     neck = ShuntedTransformer(**SMALL, ratios=tuple(ratios), dtype=torch.float64).eval()
     x = torch.randn(batch, 16, height, width, dtype=torch.float64)
     column, row = data.draw(st.integers(0, width - 1)), data.draw(st.integers(0, height - 1))
-    outputs, values = [], []
-
-    def attend(heads, q, k, v):
-        out = PlainHeads.attend(heads, q, k, v)
-        outputs.append(out[:, row * width + column])
-        values.append(v.unflatten(-1, (heads.num_heads, -1)).transpose(1, 2))
-        return out
-
-    for heads in head_groups(neck):
-        heads.attend = lambda q, k, v, heads=heads: attend(heads, q, k, v)
-    with torch.no_grad():
-        neck(x)
-    for heads in head_groups(neck):
-        del heads.attend
+    outputs, values = run_and_capture(neck, x, head_groups(neck))
     maps = attention_maps(neck, x, (column + 0.5, row + 0.5))
     assert [attention.ratio for attention in maps] == [*ratios, *ratios]
     for attention, out, v in zip(maps, outputs, values, strict=True):
@@ -57,7 +64,23 @@ def test_maps_are_the_weights_that_attention_used(ratios, height, width, batch, 
         assert attention.weights.shape[2:] == (-(-height // attention.ratio), -(-width // attention.ratio))
         torch.testing.assert_close(attention.weights.sum((2, 3)), torch.ones(attention.weights.shape[:2]))
         expected = torch.einsum("bhn,bhnd->bhd", attention.weights.flatten(2).double(), v).flatten(1)
-        torch.testing.assert_close(expected, out, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(expected, out[:, row * width + column], rtol=1e-5, atol=1e-6)
+
+
+def test_maps_of_a_neck_across_levels_start_at_the_finest_level():
+    torch.manual_seed(0)
+    path = FeaturePath("resnet18", neck={"form": "pyramid"}, neck_levels=(3, 4, 5)).eval()
+    x = torch.rand(1, 3, 64, 96)
+    outputs, values = run_and_capture(path, x, head_groups(path.necks["pyramid"]))
+    maps = attention_maps(path, x, (50, 20))
+    assert [(a.ratio, a.stride, a.token, a.weights.shape) for a in maps] == [
+        (4, 8, (6, 2), (1, 1, 2, 3)), (2, 16, (6, 2), (1, 1, 2, 3)), (1, 32, (6, 2), (1, 1, 2, 3)),
+    ]  # fmt: skip
+    for attention, out, v in zip(maps, outputs, values, strict=True):
+        expected = torch.einsum("bhn,bhnd->bhd", attention.weights.flatten(2), v).flatten(1)
+        torch.testing.assert_close(expected, out[:, 2 * 12 + 6], rtol=1e-5, atol=1e-5)
+    draw_attention(Path("across.png"), x[0], maps, (50, 20))
+    assert Path("across.png").is_file()
 
 
 def test_recording_leaves_the_network_unchanged():
