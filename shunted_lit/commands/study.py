@@ -1,8 +1,10 @@
 """`shunted-lit study`: train several configs with several seeds and compare them."""
 
 import csv
+import os
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shunted_lit.commands.configs import resolve_path
-from shunted_lit.training.study import Scores, StudyRun, score_names, summarize
+from shunted_lit.training.study import Scores, StudyRun, YoloStudyRun, score_names, summarize
 from shunted_lit.utils.checks import check_minimum
 from shunted_lit.utils.files import lock_folder
 
@@ -23,45 +25,65 @@ def study(
     out: Path = Path("study"),
     *,
     options: list[str] = [],  # noqa: B006 - never changed
+    jobs: int = 1,
 ) -> None:
     """Train each config with each seed, and compare: a table, results.csv, runs.csv and results.png.
 
-    Each run is `shunted-lit fit` in a process of its own, one after the other. Finished runs are kept: the same command
-    resumes after an interruption, and adds runs for more seeds or configs.
+    Each run is a process of its own: `shunted-lit fit` for a YAML file, `shunted-lit yolo train` for a checkpoint of
+    Ultralytics. Finished runs are kept: the same command resumes after an interruption, and adds runs for more seeds or
+    configs.
 
     Args:
-        configs: A YAML file, a folder of them, or a list of both: '[configs/ablations, mine.yaml]'. The names of the
-            files label the results. Where a path does not exist, the shipped config or folder of this name is used.
+        configs: A YAML file or a checkpoint (.pt) to fine-tune, a folder of them, or a list of these:
+            '[configs/ablations, mine.yaml]'. The names of the files label the results. Where a path does not exist, the
+            shipped config or folder of this name is used.
         seeds: Number of seeds; each config is trained with 0, 1, ... below this number.
         out: Folder of the results, with a folder for each run.
-        options: Further arguments for all runs, such as '["--trainer.max_time=00:00:05:00"]' for equal time.
+        options: Further arguments for all runs, such as '["--trainer.max_time=00:00:05:00"]' for equal time; for
+            checkpoints those of Ultralytics, such as '["data=data.yaml", "epochs=12"]'.
+        jobs: Number of runs side by side, each with its share of the processors.
 
     Raises:
         ValueError: No config, two configs of one name, a number below 1, or a folder of a run with another config or
             other options. Failed runs are reported after all others are finished.
     """
     files = list_configs([configs] if isinstance(configs, Path) else configs)
-    check_minimum(1, seeds=seeds)
-    runs = [StudyRun(file, seed, out / file.stem / f"seed_{seed}", options) for file in files for seed in range(seeds)]
+    check_minimum(1, seeds=seeds, jobs=jobs)
+    threads = None if jobs == 1 else max(1, (os.cpu_count() or 1) // jobs)
+    runs = [
+        (YoloStudyRun if file.suffix == ".pt" else StudyRun)(
+            file, seed, out / file.stem / f"seed_{seed}", options, threads
+        )
+        for file in files
+        for seed in range(seeds)
+    ]
     for run in runs:
         run.check_folder()
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, but {out} is a file; choose another name.")
     lock = lock_folder(out)
     console = Console()
-    finished: list[tuple[StudyRun, Scores]] = []
-    failed: list[str] = []
-    for number, run in enumerate(runs, 1):
-        if not run.is_done():
-            console.print(f"{number} of {len(runs)}: {run.config.stem}, seed {run.seed}", highlight=False)
-            try:
-                run.train()
-            except ValueError as error:
-                console.print(f"  {error}", highlight=False, soft_wrap=True)
-                failed.append(str(error))
-                continue
-        finished.append((run, run.read_scores()))
-    if finished:
+
+    def finish(numbered: tuple[int, StudyRun]) -> str | None:
+        """Train a run unless it is done, and return its error."""
+        number, run = numbered
+        if run.is_done():
+            return None
+        console.print(f"{number} of {len(runs)}: {run.config.stem}, seed {run.seed}", highlight=False)
+        try:
+            run.train()
+        except ValueError as error:
+            console.print(f"  {error}", highlight=False, soft_wrap=True)
+            return str(error)
+        return None
+
+    pool = ThreadPoolExecutor(jobs)
+    try:  # a single job stays in this thread, where an interruption also ends its process
+        errors = list((map if jobs == 1 else pool.map)(finish, enumerate(runs, 1)))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    failed = [error for error in errors if error]
+    if finished := [(run, run.read_scores()) for run in runs if run.is_done()]:
         report(finished, out, seeds, console)
     lock.release()
     if failed:
@@ -76,10 +98,14 @@ def list_configs(paths: Sequence[Path]) -> list[Path]:
         ValueError: there is none, a file does not exist, or two files have one name.
     """
     found = [resolve_path(path, folders=True) for path in paths]
-    files = [file for path in found for file in (sorted(path.glob("*.yaml")) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in found
+        for file in ([*sorted(path.glob("*.yaml")), *sorted(path.glob("*.pt"))] if path.is_dir() else [path])
+    ]
     if not files:
         where = ", ".join(map(str, paths)) or "an empty list"
-        raise ValueError(f"`configs` must name YAML files or folders of them; there are none in {where}.")
+        raise ValueError(f"`configs` must name YAML files, checkpoints, or folders of them; there are none in {where}.")
     names = [file.stem for file in files]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"Names of configs must differ, but two are called {repeated[0]}; rename one.")

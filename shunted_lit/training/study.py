@@ -1,6 +1,8 @@
 """Runs of a study: one config trained with one seed each, and the summary of their scores."""
 
+import hashlib
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -8,7 +10,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from shunted_lit.visualization.plots import read_metrics
 
@@ -23,10 +25,12 @@ class StudyRun:
         seed: seed of all random number generators.
         folder: run folder; holds `origin.json`, and `done.json` with the scores once the run is finished.
         options: further arguments of the command line.
+        threads: processor threads of the run; None leaves that to PyTorch.
     """
 
-    def __init__(self, config: Path, seed: int, folder: Path, options: Sequence[str]):
+    def __init__(self, config: Path, seed: int, folder: Path, options: Sequence[str], threads: int | None = None):
         self.config, self.seed, self.folder, self.options = config, seed, folder, list(options)
+        self.environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         self.done, self.origin = folder / "done.json", folder / "origin.json"
 
     def describe_origin(self) -> dict[str, Any]:
@@ -55,7 +59,7 @@ class StudyRun:
         return json.loads(self.done.read_text(encoding="utf-8"))
 
     def train(self) -> None:
-        """Train from the first step, also after an interruption, and store the best score of each metric.
+        """Train from the first step, also after an interruption, and store the scores.
 
         Raises:
             ValueError: the training failed, with the last error of its log, or it has no validation score.
@@ -63,18 +67,35 @@ class StudyRun:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         self.origin.write_text(json.dumps(self.describe_origin()), encoding="utf-8")
-        command = [sys.executable, "-m", "shunted_lit", "fit", f"--config={self.config}", *self.options,
-                   f"--seed_everything={self.seed}", f"--trainer.default_root_dir={self.folder}"]  # fmt: skip
-        start, log = time.monotonic(), self.folder / "log.txt"
-        with log.open("w", encoding="utf-8") as file:
-            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        start = time.monotonic()
+        self.fit()
+        minutes = (time.monotonic() - start) / 60
+        self.done.write_text(json.dumps({**self.collect_scores(), "minutes": minutes}), encoding="utf-8")
+
+    def fit(self) -> None:
+        self.run("fit", f"--config={self.config}", *self.options, f"--seed_everything={self.seed}",
+                 f"--trainer.default_root_dir={self.folder}")  # fmt: skip
+
+    def run(self, *words: str) -> None:
+        """Run `shunted-lit` with its output in log.txt. Raise ValueError, with the last error, if it fails."""
+        log = self.folder / "log.txt"
+        with log.open("a", encoding="utf-8") as file:
+            command = [sys.executable, "-m", "shunted_lit", *words]
+            code = subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, check=False, env=self.environment
+            ).returncode
+        if code:
+            lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {code}"]
+            self.fail(([line for line in lines if "error:" in line.lower()] or lines)[-1])
+
+    def fail(self, reason: str) -> NoReturn:
+        raise ValueError(f"{self.config}, seed {self.seed}: training failed: {reason}; see {self.folder / 'log.txt'}.")
+
+    def collect_scores(self) -> Scores:
+        """Return the best of each validation score."""
         metrics = self.folder / "version_0/metrics.csv"
-        if code or not metrics.is_file():
-            reason = "it has written no metrics.csv"
-            if code:
-                lines = log.read_text(encoding="utf-8").strip().splitlines() or [f"exit code {code}"]
-                reason = ([line for line in lines if "error:" in line.lower()] or lines)[-1]
-            raise ValueError(f"{self.config}, seed {self.seed}: training failed: {reason}; see {log}.")
+        if not metrics.is_file():
+            self.fail("it has written no metrics.csv")
         scores = {}
         for name, (_, values) in read_metrics(metrics).items():
             best = min(values) if name.endswith("loss") else max(values)
@@ -83,9 +104,39 @@ class StudyRun:
         if not scores:
             raise ValueError(
                 f"{self.config}, seed {self.seed}: a study compares val/ scores, but the run has none; check "
-                f"`trainer.limit_val_batches` and `trainer.check_val_every_n_epoch`, and see {log}."
+                f"`trainer.limit_val_batches` and `trainer.check_val_every_n_epoch`, and see {self.folder / 'log.txt'}."
             )
-        self.done.write_text(json.dumps({**scores, "minutes": (time.monotonic() - start) / 60}), encoding="utf-8")
+        return scores
+
+
+class YoloStudyRun(StudyRun):
+    """One `shunted-lit yolo train` of a checkpoint, and the scores of its last epoch by `shunted-lit yolo score`.
+
+    Args:
+        options: those of Ultralytics as name=value, among them data.
+
+    Raises:
+        ValueError: another form of options.
+    """
+
+    def __init__(self, config: Path, seed: int, folder: Path, options: Sequence[str], threads: int | None = None):
+        super().__init__(config, seed, folder, options, threads)
+        if not all("=" in option for option in options) or not any(option.startswith("data=") for option in options):
+            raise ValueError(f"`options` must be as data=data.yaml, among them data, for {config}, got {self.options}.")
+
+    def describe_origin(self) -> dict[str, Any]:
+        return {"config": hashlib.sha256(self.config.read_bytes()).hexdigest(), "options": self.options}
+
+    def fit(self) -> None:
+        place = [f"project={self.folder.resolve()}", "name=run", "exist_ok=True"]
+        self.run("yolo", "train", f"model={self.config}", *self.options, f"seed={self.seed}", *place)
+
+    def collect_scores(self) -> Scores:
+        settings, scores = dict(option.split("=", 1) for option in self.options), self.folder / "scores.json"
+        self.run("yolo", "score", f"--model={self.folder / 'run/weights/last.pt'}", f"--data={settings['data']}",
+                 f"--imgsz={settings.get('imgsz', 640)}", f"--out={scores}")  # fmt: skip
+        found = json.loads(scores.read_text(encoding="utf-8"))
+        return {f"val/{name}": value for name, value in found.items() if value is not None}
 
 
 def summarize(results: Mapping[str, Sequence[Scores]]) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 from shunted_lit import __version__, ultralytics
 from shunted_lit.cli import main
 from shunted_lit.commands import COMMANDS
+from shunted_lit.commands.yolo import score
 from shunted_lit.data import BaseDataModule
 from shunted_lit.tasks import BaseTask
 
@@ -57,7 +58,8 @@ def surface():
     names = {name: arguments(thing) if callable(thing) else sorted(thing) for name, thing in found.items()}
     commands = {name: arguments(command.load()) for name, command in COMMANDS.items()
                 if command.from_signature}  # fmt: skip
-    commands |= {"yolo yaml": arguments(ultralytics.write_yaml), "yolo weights": arguments(ultralytics.write_weights)}
+    yolo_commands = {"yaml": ultralytics.write_yaml, "weights": ultralytics.write_weights, "score": score}
+    commands |= {f"yolo {name}": arguments(function) for name, function in yolo_commands.items()}
     return {"names": names, "commands": {**commands, **{name: options(name) for name in OWN}}}
 
 

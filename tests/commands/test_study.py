@@ -4,16 +4,21 @@ import csv
 import json
 import statistics
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
+from helpers.yolo import NANO
 from PIL import Image
 from rich.console import Console
+from ultralytics import YOLO
 
 from shunted_lit.cli import main
 from shunted_lit.commands.study import make_table, study
+from shunted_lit.data.scenes import write_scenes
 from shunted_lit.training.study import StudyRun, score_names, summarize
+from shunted_lit.ultralytics import write_yaml
 from shunted_lit.utils.files import lock_folder
 
 ROOT = Path(__file__).parents[2]
@@ -129,6 +134,43 @@ def finish(run):
     run.done.write_text(json.dumps({"val/map": 0.5}))
 
 
+def test_jobs_run_side_by_side_and_all_finish(monkeypatch):
+    """A run waits for the other, so that runs one after the other would wait forever."""
+    together = threading.Barrier(2, timeout=30)
+
+    def train(run):
+        together.wait()
+        assert int(run.environment["OMP_NUM_THREADS"]) >= 1
+        finish(run)
+
+    monkeypatch.setattr(StudyRun, "train", train)
+    run_study("--seeds=2", "--jobs=2")
+    assert {name: row["runs"] for name, row in read_results().items()} == {"with": "2", "without": "2"}
+
+
+@pytest.mark.slow
+def test_checkpoints_of_yolo_are_trained_and_scored():
+    write_scenes(Path("set"), train=8, val=4, size=64)
+    for name, neck in {"none": None, "light": {"form": "light"}}.items():
+        model = f"{NANO}.yaml"
+        if neck:
+            write_yaml(NANO, model := f"{NANO}-light.yaml", neck=neck)
+        YOLO(model).save(f"{name}.pt")
+    options = ["data=set/data.yaml", "epochs=1", "imgsz=64", "batch=4", "workers=0", "plots=False", "device=cpu"]
+    main(["study", "[none.pt, light.pt]", "--seeds=1", "--jobs=2", f"--options={json.dumps(options)}"])
+    results = read_results()
+    assert set(results) == {"none", "light"}
+    assert {"val/AP", "val/AP50", "val/circle", "minutes"} <= set(results["light"])
+    with pytest.raises(ValueError, match=r"none\.pt or the options have changed since this run"):
+        main(["study", "[none.pt]", "--seeds=1", '--options=["data=set/data.yaml"]'])
+
+
+def test_a_study_of_yolo_needs_data():
+    Path("some.pt").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"`options` must be as data=data\.yaml, among them data, for some\.pt, got"):
+        main(["study", "[some.pt]", '--options=["epochs=2"]'])
+
+
 def test_runs_of_another_config_or_other_options_are_rejected(monkeypatch):
     monkeypatch.setattr(StudyRun, "train", finish)
     run_study("--seeds=1")
@@ -150,9 +192,9 @@ def test_runs_of_another_config_or_other_options_are_rejected(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["[]"], "`configs` must name YAML files .*; there are none in an empty list"),
+        (["[]"], "`configs` must name YAML files, .*; there are none in an empty list"),
         (["[none.yaml]"], r"none\.yaml does not exist, and no shipped config has this name"),
-        (["[empty]"], "`configs` must name YAML files .*; there are none in empty"),
+        (["[empty]"], "`configs` must name YAML files, .*; there are none in empty"),
         (["[configs, configs/with.yaml]"], "two are called with; rename one"),
         (["[configs]", "--seeds=0"], "`seeds` must be at least 1, got 0"),
         pytest.param(
