@@ -4,10 +4,14 @@ import copy
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from PIL import Image
 from transformers import RTDetrResNetConfig
+
+from shunted_lit.data import CocoDataModule
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -33,6 +37,26 @@ def train_one_step(model, loss):
     loss.backward()
     optimizer.step()
     return {name for name, p in model.named_parameters() if p.grad is None}
+
+
+def test_instance_maps_become_a_coco_file_with_the_same_masks():
+    numbers = np.zeros((40, 50), np.uint16)
+    for value, (y, x, side) in enumerate([(0, 0, 1), (3, 3, 9), (20, 30, 20), (12, 3, 5)], 300):
+        numbers[y : y + side, x : x + side] = value
+    numbers[25:30, 35:40] = 0  # a hole
+    for folder in ("images", "maps"):
+        Path(folder).mkdir()
+    Image.new("RGB", (50, 40)).save("images/one.png")
+    Image.fromarray(numbers).save("maps/one.png")
+    run_recipe("def write_coco", "data.md")["write_coco"]("images", "maps", "all.json", "cell")
+    data = CocoDataModule(".", train_images="images", train_annotations="all.json", val_images="images",
+                          val_annotations="all.json", annotation="masks", num_workers=0)  # fmt: skip
+    data.setup("validate")
+    _, target = data.datasets["val"][0]
+    assert data.class_names == ["cell"]
+    expected = torch.stack([torch.from_numpy(numbers == value) for value in range(300, 304)])
+    assert torch.equal(target["masks"], expected)
+    assert target["boxes"][1].tolist() == [3, 3, 12, 12]
 
 
 def test_rtdetr_with_the_neck_starts_as_its_base_and_trains():
