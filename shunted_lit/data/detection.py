@@ -212,6 +212,8 @@ class SlicedDataset(Dataset[Sample]):
             except DamagedError:  # reported when it is read
                 width = height = 1
             self.windows += [(index, window) for window in slices.windows(height, width)]
+        if len(self.windows) == len(dataset):
+            log.warning("no training image is larger than `slices`, %d pixels, so none is cut", slices.size)
 
     def __len__(self) -> int:
         return len(self.windows)

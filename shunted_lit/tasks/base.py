@@ -19,6 +19,7 @@ from shunted_lit.tasks.nonfinite import StopOnNonfinite
 from shunted_lit.tasks.optim import OptimizerConfig, configure_optimization, parameters_without_decay
 from shunted_lit.utils.distributed import check_equal_on_all_ranks
 from shunted_lit.utils.seeds import seed_step
+from shunted_lit.utils.slices import Slices
 
 
 def import_task_class(config: Any) -> type["BaseTask"]:
@@ -41,6 +42,8 @@ class BaseTask(StopOnNonfinite):
         monitor: Logged value that selects the best checkpoint; higher is better.
         annotation: What the task learns from, in the words of `BaseDataModule`; "" for anything.
         evaluation_settings: Names of the arguments that evaluation may change.
+        takes_slices: Whether evaluation may cut images into slices.
+        slices: How it cuts them; set by the data.
 
     Args:
         num_classes: Number of classes; labels start at 0.
@@ -54,6 +57,8 @@ class BaseTask(StopOnNonfinite):
     monitor: str
     annotation = ""
     evaluation_settings: tuple[str, ...] = ()
+    takes_slices = False
+    slices: Slices | None = None
 
     @classmethod
     def required_annotation(cls, options: Mapping[str, Any]) -> str:
@@ -85,6 +90,9 @@ class BaseTask(StopOnNonfinite):
         data: Any = getattr(self.trainer, "datamodule", None)
         if stage != "predict":
             self.check_data(data)
+        self.slices = getattr(data, "slicing", None)
+        if self.slices is not None and not self.takes_slices:
+            raise ValueError(f"`data.slices` must be null for {type(self).__name__}: only detectors take slices.")
         versions = {
             package.__name__: package.__version__ for package in (shunted_lit, torch, torchvision, lightning, timm)
         }

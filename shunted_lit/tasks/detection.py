@@ -11,7 +11,6 @@ from torchmetrics.detection import MeanAveragePrecision
 from shunted_lit.models.detectors import DETECTORS, build_detector, detect
 from shunted_lit.tasks.feature_path import FeaturePathTask
 from shunted_lit.utils.distributed import gather_lists
-from shunted_lit.utils.slices import Slices
 from shunted_lit.visualization.plots import draw_predictions
 
 Batch = tuple[list[Tensor], list[dict[str, Any]]]
@@ -63,6 +62,7 @@ class DetectionTask(FeaturePathTask):
     monitor = "val/map"
     evaluation_settings = ("min_size", "max_size", "detector_options")
     network = "detector"
+    takes_slices = True
     METRICS = ("map", "map_50", "map_small", "map_medium", "map_large")
 
     @classmethod
@@ -104,7 +104,6 @@ class DetectionTask(FeaturePathTask):
             optional=[f"detector.backbone.body.necks.{level}" for level in features.necks],
         )
         self.annotation = DETECTORS[detector].annotation
-        self.slices: Slices | None = None  # how evaluation cuts large images; set by the data
         iou_types: list[Any] = ["bbox", "segm"] if self.annotation == "masks" else ["bbox"]
         # A metric each: a shared one would take the sizes small to large of masks from their boxes.
         self.mean_ap: Any = nn.ModuleDict(
@@ -114,10 +113,6 @@ class DetectionTask(FeaturePathTask):
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Map images [(3, H_i, W_i)] in 0..1 to predictions, see `build_detector`."""
         return detect(self.detector, images, self.slices)
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        self.slices = getattr(self.trainer.datamodule, "slicing", None)  # type: ignore[attr-defined]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, targets = batch

@@ -109,6 +109,11 @@ def test_windows_of_a_damaged_image_are_skipped_as_the_image_would_be(folder):
     assert len(batch[0]) == 5 * 4 + 1, "the damaged image counts as one window"
 
 
+def test_windows_larger_than_all_images_are_reported(scenes, caplog):
+    assert len(read_yolo(scenes, slices=100).datasets["train"]) == 6
+    assert "no training image is larger than `slices`, 100 pixels, so none is cut" in caplog.text
+
+
 def test_drawn_scenes_are_not_cut():
     module = ShapesDataModule(slices=64)
     with pytest.raises(ValueError, match="`slices` must be null for ShapesDataModule: only image files are cut"):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from shunted_lit.cli import main
 from shunted_lit.data import ImagesDataModule
-from shunted_lit.tasks import DetectionTask
+from shunted_lit.tasks import ClassificationTask, DetectionTask
 
 
 def predict(*arguments):
@@ -65,6 +65,16 @@ def test_large_images_are_predicted_in_slices(capsys):
     assert sorted(x for _, (x, *_) in found) == pytest.approx(sorted(x for _, (x, *_) in expected), abs=0.1)
     states = [ImagesDataModule("images", **options).state() for options in ({}, {"slices": 64}, {"slices": 32})]
     assert len({str(state) for state in states}) == 3, "a run that is resumed must have the same slices"
+
+
+def test_tasks_without_slices_refuse_them():
+    Path("images").mkdir()
+    Image.new("RGB", (8, 8)).save("images/0.png")
+    save_checkpoint(ClassificationTask(2, ["a", "b"], backbone="test_resnet"), "best.ckpt")
+    with pytest.raises(
+        ValueError, match=r"`data\.slices` must be null for ClassificationTask: only detectors take slices"
+    ):
+        predict("--data.slices=4", "--data.image_size=8")
 
 
 @pytest.mark.parametrize(
