@@ -2,8 +2,8 @@
 
 Importing this module registers layers of Ultralytics' model YAMLs: `ShuntedTransformer`, as in
 `[-1, 1, ShuntedTransformer, [c2, {depth: 2, num_heads: 4}]]`, and `ShuntedPyramid`, the neck across levels. Ultralytics
-replaces `c2` by the channels of the layer before, and `ch` by those of all layers, at any width of the model. Loading a
-.pt file of a model with the neck imports this module automatically.
+replaces `c2` by the channels of the layer before, and `ch` by a list of the channels of all layers, at any width of the
+model. Loading a .pt file of a model with the neck imports this module automatically.
 
 Ultralytics is licensed under AGPL-3.0 (or commercially); its terms apply to what you build with this module. The rest
 of the package does not import it and contains no file of Ultralytics: model YAMLs are derived from the installed ones.
@@ -70,7 +70,7 @@ class ShuntedTransformer(shunted.ShuntedTransformer):
 
 
 class ReadsLayers(nn.Module):
-    """A layer that reads other layers than its line in the YAML names: there, only Ultralytics' own may read several.
+    """A layer that reads other layers than its YAML line names; in a YAML, only Ultralytics' own may read several.
 
     Ultralytics sets `f` to the layer of the YAML, whose channels it counts, and later reads the inputs from `f`.
     """
@@ -92,7 +92,7 @@ class ShuntedPyramid(pyramid.ShuntedPyramid, ReadsLayers):
     Args:
         channels: output channels of all layers before; `ch` in a YAML.
         sources: layers whose maps it reads, from the finest level to the coarsest; the last one starts its YAML line.
-        keywords: those of `shunted_lit.ShuntedPyramid`.
+        keywords: further keywords of `shunted_lit.ShuntedPyramid`.
     """
 
     def __init__(self, channels: Sequence[int], sources: Sequence[int], keywords: Mapping[str, Any]):
@@ -169,8 +169,9 @@ def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None 
     base = str(base)
     content = read_yaml(base)
     layers = all_layers(content)
-    if (neck or {}).get("form") == PYRAMID:
-        return insert_pyramid(base, content, after, drop_form(neck or {}))
+    given = dict(neck or {})
+    if given.get("form") == PYRAMID:
+        return insert_pyramid(base, content, after, drop_form(given))
     if after is None:  # RT-DETR's own attention (AIFI), or the coarsest map, on which attention costs least
         after = max((i for i, layer in enumerate(layers) if layer[2] == "AIFI"), default=len(content["backbone"]) - 1)
     positions = [after] if isinstance(after, int) else sorted(after)
@@ -181,7 +182,6 @@ def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None 
             raise ValueError(f"`after` must be a layer of {base} from 0 to {len(layers) - 2}, got {i}.")
         if positions.count(i) > 1 or NECK in (layers[i][2], layers[i + 1][2]):
             raise ValueError(f"layer {i} of {base} must get one neck, not several; set a greater `depth` instead.")
-    given = neck or {}
     keywords = {"identity_start": given.get("layer_scale") is None, **given}
     for i, channels in zip(positions, find_channels(base, content, positions, keywords), strict=True):
         with explain_errors(f"layer {i} of {base} has {channels} channels"):
@@ -212,7 +212,7 @@ def insert_pyramid(base: str, content: dict[str, Any], levels: int | Sequence[in
     if ACROSS in [layer[2] for layer in before]:
         raise ValueError(f"{base} must get one neck across levels, but has one; set a greater `depth` instead.")
     channels = find_channels(base, content, levels, {**keywords, "form": PYRAMID})
-    with explain_errors(f"layers {levels} of {base} have {channels} channels"):
+    with explain_errors(f"layers {levels} of {base} have {channels} channels"), torch.device("meta"):
         pyramid.ShuntedPyramid(channels, **keywords)
     layer = len(before)
     maps = [[source, 1, "PyramidMap", [layer, i]] for i, source in enumerate(levels)]
@@ -311,7 +311,7 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
         neck: keywords of ShuntedTransformer, such as form, depth, ratios, num_heads, which must divide the channels.
             `identity_start` defaults to true, such that the model starts with the outputs of its base; false builds the
             neck of the reference implementation. With `form: pyramid`, keywords of ShuntedPyramid: one neck across
-            the maps that the head reads, or those of them that `after` names.
+            the maps that the head reads, or across some of these, named by `after`.
 
     Raises:
         ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.

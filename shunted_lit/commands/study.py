@@ -40,7 +40,7 @@ def study(
         seeds: Number of seeds; each config is trained with 0, 1, ... below this number.
         out: Folder of the results, with a folder for each run.
         options: Further arguments for all runs, such as '["--trainer.max_time=00:00:05:00"]' for equal time; for
-            checkpoints those of Ultralytics, such as '["data=data.yaml", "epochs=12"]'.
+            checkpoints, settings of Ultralytics, such as '["data=data.yaml", "epochs=12"]'.
         jobs: Number of runs side by side, each with its share of the processors.
 
     Raises:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,12 @@ class DetectionDataModule(BaseDataModule):
         self.eval_transform = v2.Compose(float_image_transforms())
 
     def dataset(self, split: str) -> Any:
-        is_new = split not in self.datasets
         dataset = super().dataset(split)
-        if is_new and self.slicing is not None and split == "train":
+        if split == "train" and self.slicing is not None and not isinstance(dataset, SlicedDataset):
             if not isinstance(dataset, FolderDataset):
                 raise ValueError(f"`slices` must be null for {type(self).__name__}: only image files are cut.")
-            self.datasets[split] = SlicedDataset(dataset, self.slicing)
-        return self.datasets[split]
+            self.datasets[split] = dataset = SlicedDataset(dataset, self.slicing)
+        return dataset
 
 
 def get_box_attributes(sample: Any) -> list[Tensor]:
@@ -237,9 +237,8 @@ class SlicedDataset(Dataset[Sample]):
         """Return a window and the objects in it before `transform`."""
         number, (x1, y1, x2, y2) = self.windows[index]
         image, target = self.source.read(number)
-        area = box_area(target["boxes"].as_subclass(Tensor).double())
-        cropped = v2.functional.crop(image, y1, x1, y2 - y1, x2 - x1)
-        boxes = v2.functional.crop(target["boxes"], y1, x1, y2 - y1, x2 - x1)
+        crop = partial(v2.functional.crop, top=y1, left=x1, height=y2 - y1, width=x2 - x1)
+        area, boxes = box_area(target["boxes"].as_subclass(Tensor).double()), crop(target["boxes"])
         visible = box_area(boxes.as_subclass(Tensor).double()) >= self.MIN_VISIBLE * area
         kept = {
             "boxes": tv_tensors.wrap(boxes[visible], like=boxes),
@@ -248,6 +247,6 @@ class SlicedDataset(Dataset[Sample]):
             "image_id": target["image_id"],
         }
         if "masks" in target:
-            masks = v2.functional.crop(target["masks"], y1, x1, y2 - y1, x2 - x1)
+            masks = crop(target["masks"])
             kept["masks"] = tv_tensors.wrap(masks[visible], like=masks)
-        return cropped, kept
+        return crop(image), kept

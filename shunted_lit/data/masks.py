@@ -95,9 +95,8 @@ def trace_polygons(mask: np.ndarray) -> list[list[float]]:
     contours = contour_generator(z=np.pad(part, 1).astype(float), fill_type=FillType.OuterOffset)  # holes by part
     polygons = []
     for points, offsets in zip(*contours.filled(0.5, 1.5), strict=True):
-        rings = np.split(
-            points - 0.5 + (left, top), offsets[1:-1]
-        )  # of a part and its holes, each ending where it starts
+        places = points - 0.5 + (left, top)
+        rings = np.split(places, offsets[1:-1])  # of a part and its holes, each ending where it starts
         polygon = np.concatenate([*rings, *(ring[:1] for ring in rings[-2::-1])])[:-1]
         step = np.diff(polygon, axis=0, append=polygon[:1])
         corners = polygon[(step != np.roll(step, 1, axis=0)).any(axis=1)]

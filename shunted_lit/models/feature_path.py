@@ -101,7 +101,7 @@ class FeaturePath(nn.Module):
         pretrained: let timm download the backbone's published weights.
         levels: levels of the maps to return.
         neck: keywords of `ShuntedTransformer`, {} for its defaults, None for no neck. `cin` is that of the level. With
-            {"form": "pyramid"}, those of `ShuntedPyramid`: one neck across all `neck_levels`.
+            {"form": "pyramid"}, keywords of `ShuntedPyramid`: one neck across all `neck_levels`.
         neck_levels: levels, among `levels`, that get a neck.
         freeze_backbone: train no weight of the backbone, and keep it in eval mode (BatchNorm statistics stay).
         backbone_options: further keywords of `timm.create_model`, such as {"img_size": 256} for a ViT.
@@ -205,10 +205,10 @@ def build_necks(channels: Mapping[int, int], keywords: Mapping[str, Any]) -> nn.
 
     Args:
         channels: channels of each level.
-        keywords: those of `FeaturePath`'s `neck`.
+        keywords: as the argument `neck` of `FeaturePath`.
 
     Raises:
-        ValueError: an unknown keyword, or channels that are not those of the level.
+        ValueError: an unknown keyword, or channels that differ from the channels of the level.
     """
     check_neck_keywords(keywords)
     if keywords.get("form") == PYRAMID and channels:

@@ -1,8 +1,8 @@
 """The neck across levels: shunted self-attention over the maps of a feature pyramid.
 
 Queries come from every level. Head group i has the tokens of level i as keys and values, merged r_i x r_i to one: fine
-groups read fine levels, coarse groups coarse ones. Heads, feed-forward layer and initial weights are those of
-`shunted.py`.
+groups read fine levels, coarse groups coarse ones. Heads, feed-forward layer and initial weights are defined
+in `shunted.py` and `weights.py`.
 """
 
 from collections.abc import Sequence

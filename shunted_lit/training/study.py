@@ -113,7 +113,7 @@ class YoloStudyRun(StudyRun):
     """One `shunted-lit yolo train` of a checkpoint, and the scores of its last epoch by `shunted-lit yolo score`.
 
     Args:
-        options: those of Ultralytics as name=value, among them data.
+        options: settings of Ultralytics as name=value, among them data.
 
     Raises:
         ValueError: another form of options.

@@ -45,9 +45,9 @@ class AttentionMap:
         return self.weights.mean(1) * self.weights[0, 0].numel()
 
 
-def is_same_block(name: str, other: str) -> bool:
-    """Return whether two head groups, by name, belong to one block."""
-    return name.rpartition(".groups.")[0] == other.rpartition(".groups.")[0]
+def attention_of(name: str) -> str:
+    """Return the name of the attention layer of a head group, by its name."""
+    return name.rpartition(".groups.")[0]
 
 
 def find_heads(model: nn.Module) -> dict[str, PlainHeads]:
@@ -77,7 +77,9 @@ def record_attention(model: nn.Module, point: Point, size: Size) -> Iterator[lis
     def attend(name: str, heads: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         H, W = sizes[name]
         ratio, stride = heads.ratio, token_stride(size, (H, W))
-        h, w = max(sizes[other] for other in sizes if is_same_block(other, name))  # queries of the finest level
+        h, w = max(
+            sizes[other] for other in sizes if attention_of(other) == attention_of(name)
+        )  # queries of the finest level
         query_stride = token_stride(size, (h, w))
         column, row = min(int(point[0] // query_stride), w - 1), min(int(point[1] // query_stride), h - 1)
         query = split_heads(q[:, row * w + column, None], heads.num_heads)
@@ -167,7 +169,7 @@ def draw_attention(path: Path, image: Tensor, maps: Sequence[AttentionMap], poin
         raise ValueError("`maps` must hold at least one attention map, got none.")
     rows: dict[str, list[AttentionMap]] = {}
     for attention in maps:
-        rows.setdefault(attention.name.rpartition(".groups.")[0], []).append(attention)
+        rows.setdefault(attention_of(attention.name), []).append(attention)
     columns = 1 + max(map(len, rows.values()))
     H, W = image.shape[-2:]
     side, shape = 2.6, min(max(H / W, 0.5), 3.0)  # inches, and height over width: thin images are stretched

@@ -70,7 +70,7 @@ def test_a_new_neck_in_a_trained_detector_keeps_its_outputs(neck, tmp_path):
         for one, other in zip(before([image]), after([image]), strict=True):
             assert all(one[key].equal(other[key]) for key in one)
     rebuilt = DetectionTask(**after.hparams)
-    assert rebuilt.state_dict().keys() == after.state_dict().keys(), "as it is loaded from a checkpoint"
+    assert rebuilt.state_dict().keys() == after.state_dict().keys(), "a checkpoint is loaded by its hyperparameters"
 
 
 def test_a_neck_can_also_start_otherwise_and_a_trained_one_stays(tmp_path):
