@@ -69,7 +69,9 @@ def benchmark(
 
     Args:
         out: Folder to write; must not exist, or be empty.
-        necks: Networks on features: "neck", "plain neck" (a plain PyTorch implementation of the paper), or none.
+        necks: Networks on features: "neck", "light" (its light form), "pyramid" (a neck across three levels, of which
+            `size` is the finest, with the neck's channels and depth), "plain neck" (a plain PyTorch implementation of
+            the paper), or none.
         backbones: Names of timm models on images, or none.
         against: Your own networks as module:factory, a function or class called without arguments.
         against_input: Whether these take the necks' features or the backbones' images.
@@ -131,7 +133,7 @@ def benchmark(
         console.print(make_table(title, tables[title]))
     for name in on_features if sizes else []:
         sided = [Candidate(name, shape=(1, cin, side, side), options=neck) for side in sizes]
-        curves[name] = [row for candidate in track(sided, f"{name}: sizes") for row in measure_size(candidate, place)]
+        curves[name] = [row for candidate in track(sided, f"{name}, sizes") for row in measure_size(candidate, place)]
     out.mkdir(parents=True, exist_ok=True)
     content = {"machine": machine, "tables": tables, "sizes": curves}
     (out / "benchmark.json").write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -29,6 +29,7 @@ from shunted_lit.export.formats import FORMATS
 from shunted_lit.export.targets import ExportTarget
 from shunted_lit.models.feature_path import check_model_name
 from shunted_lit.models.plain_neck import PlainNeck
+from shunted_lit.models.pyramid import ShuntedPyramid
 from shunted_lit.models.shunted import ShuntedTransformer
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,24 @@ Step = Callable[[], Any]
 Row = dict[str, Any]
 Key = TypeVar("Key", bound=Hashable)
 
-NECKS = {"neck": ShuntedTransformer, "plain neck": PlainNeck}
+
+class PyramidOnOneMap(nn.Module):
+    """The neck across levels on a map (B, C, H, W) and two coarser copies of it -> tokens (B, C, N) of all levels."""
+
+    def __init__(self, cin: int = 512, depth: int = 3, **_: Any):
+        super().__init__()
+        self.neck = ShuntedPyramid([cin] * 3, depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([y.flatten(2) for y in self.neck([x, x[..., ::2, ::2], x[..., ::4, ::4]])], 2)
+
+
+NECKS: Mapping[str, Callable[..., nn.Module]] = {
+    "neck": ShuntedTransformer,
+    "light": lambda **options: ShuntedTransformer(**{**options, "form": "light"}),
+    "pyramid": PyramidOnOneMap,
+    "plain neck": PlainNeck,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "mixed": torch.bfloat16}  # of matrix products
 WARM_UP_ROUNDS = 2
 
@@ -69,7 +87,7 @@ class Candidate:
     """A network and the way it is run.
 
     Attributes:
-        model: "neck", "plain neck", module:factory, or the name of a timm model.
+        model: one of `NECKS`, module:factory, or the name of a timm model.
         mode: "inference", or "training" for a forward and a backward pass.
         backend: what runs it.
         precision: of its products.

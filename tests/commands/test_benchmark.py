@@ -37,8 +37,8 @@ def test_run_writes_tables_sizes_and_a_picture(backends, capsys, monkeypatch):
     if "openvino" not in backends:  # without a process for each measurement
         monkeypatch.setattr(Candidate, "measure_memory", lambda self, device: 10**6)
     Path("mine.py").write_text("import torch\ndef factory():\n    return torch.nn.Conv2d(16, 16, 3)\n")
-    arguments = ["--necks=[neck]", "--backbones=[test_resnet]", "--against=[mine:factory]", "--sizes=[4, 8]"]
-    main(["benchmark", *TINY, *arguments, f"--backends=[{', '.join(backends)}]", "--memory=false"])
+    networks = ["--necks=[neck, light, pyramid]", "--backbones=[test_resnet]", "--against=[mine:factory]"]
+    main(["benchmark", *TINY, *networks, "--sizes=[4, 8]", f"--backends=[{', '.join(backends)}]", "--memory=false"])
     content = json.loads(Path("benchmark/benchmark.json").read_text())
     assert content["machine"]["torch"] == torch.__version__
     assert set(content["tables"]) == {
@@ -47,7 +47,7 @@ def test_run_writes_tables_sizes_and_a_picture(backends, capsys, monkeypatch):
     rows = content["tables"]["necks, inference"]
     assert {(row["model"], row["backend"], row["precision"]) for row in rows} == {
         (model, backend, precision)
-        for model in ("neck", "mine:factory")
+        for model in ("neck", "light", "pyramid", "mine:factory")
         for backend in backends
         for precision in BACKENDS[backend]
     }
@@ -61,7 +61,7 @@ def test_run_writes_tables_sizes_and_a_picture(backends, capsys, monkeypatch):
     assert mine["flops"] == 2 * 16 * 16 * 9 * 6 * 6
     trained = content["tables"]["necks, training"][0]
     assert trained["flops"] == 3 * rows[0]["flops"]
-    assert [[point["size"] for point in points] for points in content["sizes"].values()] == [[4, 8]] * 2
+    assert [[point["size"] for point in points] for points in content["sizes"].values()] == [[4, 8]] * 4
     assert all(0 <= point["peak_memory"] < 1e9 for points in content["sizes"].values() for point in points)
     with Image.open("benchmark/benchmark.png") as picture:
         assert len(picture.convert("RGB").getcolors(2**24)) > 50

@@ -47,19 +47,22 @@ def test_batched_detector_equals_torchvision(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "format"),
+    ("name", "format", "neck"),
     [
-        pytest.param("fcos", "torch_export", marks=pytest.mark.slow),
-        pytest.param("fcos", "openvino", marks=pytest.mark.slow),
-        pytest.param("retinanet", "onnx", marks=pytest.mark.slow),
+        pytest.param("fcos", "torch_export", SMALL["neck"], marks=pytest.mark.slow),
+        pytest.param("fcos", "openvino", SMALL["neck"], marks=pytest.mark.slow),
+        pytest.param("retinanet", "onnx", SMALL["neck"], marks=pytest.mark.slow),
+        pytest.param("fcos", "onnx", {"form": "pyramid", "dim": 24}, marks=pytest.mark.slow),
+        pytest.param("fcos", "torch_export", {"form": "pyramid", "dim": 24}, marks=pytest.mark.slow),
     ],
 )
-def test_exported_detector_finds_the_same_objects(name, format):
+def test_exported_detector_finds_the_same_objects(name, format, neck):
     # torch.export requires that the coarsest map has more than one row after merging in the neck, hence min_size=96.
-    task = DetectionTask(
-        3, detector=name, extra_levels=0, detector_options={"score_thresh": 0.005}, **{**SMALL, "min_size": 96}
-    )
+    options = {**SMALL, "min_size": 96, "neck": neck, "neck_levels": [3, 4, 5]}
+    task = DetectionTask(3, detector=name, extra_levels=0, detector_options={"score_thresh": 0.005}, **options)
     spread_scores(task.detector).eval()
+    for layer in (module for name, module in task.named_modules() if ".out_proj." in name):
+        nn.init.normal_(layer.weight, std=0.05)  # a neck across levels adds nothing at first
     run, suffix = RUNTIMES[format]
     main(["export", save_checkpoint(task, "best.ckpt"), "--format", format])
     exported = run(f"best{suffix}")
