@@ -15,6 +15,7 @@ from torchvision.models.detection import FCOS, FasterRCNN, RetinaNet
 from torchvision.ops import nms, roi_align
 
 from shunted_lit.export.wrappers import NormalizedInput
+from shunted_lit.models.detectors import max_detections
 from shunted_lit.models.ops import pad_to_multiple
 
 
@@ -29,7 +30,6 @@ class BatchedDetector(nn.Module):
         best first. n is `count`, the detector's `detections_per_img`; unused places have score 0.
     """
 
-    count: int
     has_masks = False
 
     def __init__(self, detector: Any):
@@ -37,6 +37,7 @@ class BatchedDetector(nn.Module):
         transform = detector.transform
         self.normalize = NormalizedInput(nn.Identity(), transform.image_mean, transform.image_std)
         self.detector = detector
+        self.count = max_detections(detector)
         self.padding_multiple: int = transform.size_divisible
         self.coarsest_stride: int = max(detector.backbone.strides)
 
@@ -59,7 +60,6 @@ class OneStageDetector(BatchedDetector):
     def __init__(self, detector: nn.Module):
         super().__init__(detector)
         self.compute_scores = ONE_STAGE_SCORES[type(detector)]
-        self.count = self.detector.detections_per_img
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         detector = self.detector
@@ -85,7 +85,6 @@ class TwoStageDetector(BatchedDetector):
 
     def __init__(self, detector: nn.Module):
         super().__init__(detector)
-        self.count = self.detector.roi_heads.detections_per_img
         self.has_masks = self.detector.roi_heads.has_mask()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:

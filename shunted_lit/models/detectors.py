@@ -250,6 +250,11 @@ def build_detector(
     return build(pyramid, num_classes, anchor_scale, min_size=min_size, max_size=max_size, **keywords)
 
 
+def max_detections(detector: Any) -> int:
+    """Return how many objects a detector reports in an image at most."""
+    return getattr(detector, "roi_heads", detector).detections_per_img
+
+
 def detect(detector: nn.Module, images: Sequence[Tensor], slices: Slices | None = None) -> list[dict[str, Tensor]]:
     """Predict each image independently of the others, by batching only images of equal size.
 

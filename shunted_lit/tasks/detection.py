@@ -8,7 +8,7 @@ from lightning.fabric.utilities.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 
-from shunted_lit.models.detectors import DETECTORS, build_detector, detect
+from shunted_lit.models.detectors import DETECTORS, build_detector, detect, max_detections
 from shunted_lit.tasks.feature_path import FeaturePathTask
 from shunted_lit.utils.distributed import gather_lists
 from shunted_lit.visualization.plots import draw_predictions
@@ -36,7 +36,8 @@ class DetectionTask(FeaturePathTask):
     Logs `train/loss` and each of its terms; `val/map`, `val/map_50`, `val/map_small`, `val/map_medium` and
     `val/map_large` (COCO's average precision; small is below 32 x 32 pixels, large from 96 x 96; -1 where the
     validation split has no such object); for mask_rcnn the same of its masks as `val/mask_map` and so on; and for
-    `test` the same under `test/`.
+    `test` the same under `test/`. As in COCO, the 100 highest scores of an image count: or as many as
+    `detections_per_img` allows where that is more, and 1,000 in slices.
 
     In evaluation only images of one size share a batch, so a prediction does not depend on the other images. Where the
     data set `slices`, each window of an image is predicted alone, and the predictions are joined.
@@ -63,6 +64,7 @@ class DetectionTask(FeaturePathTask):
     evaluation_settings = ("min_size", "max_size", "detector_options")
     network = "detector"
     takes_slices = True
+    MAX_DETECTIONS = 1000  # of an image in slices that count in scores
     METRICS = ("map", "map_50", "map_small", "map_medium", "map_large")
 
     @classmethod
@@ -109,6 +111,12 @@ class DetectionTask(FeaturePathTask):
         self.mean_ap: Any = nn.ModuleDict(
             {iou_type: DistributedMeanAP(iou_type=iou_type, backend="faster_coco_eval") for iou_type in iou_types}
         )
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        counted = max(100, max_detections(self.detector), self.MAX_DETECTIONS if self.slices else 0)
+        for metric in self.mean_ap.values():
+            metric.max_detection_thresholds = [1, 10, counted]
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """Map images [(3, H_i, W_i)] in 0..1 to predictions, see `build_detector`."""

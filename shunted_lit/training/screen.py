@@ -46,7 +46,8 @@ def count(number: int, noun: str) -> str:
 
 
 def describe_classes(names: list[str]) -> str:
-    return f"{len(names)} classes ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+    noun = "class" if len(names) == 1 else "classes"
+    return f"{len(names)} {noun} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
 
 
 def describe_model(module: LightningModule) -> str:

@@ -5,6 +5,8 @@ import copy
 import pytest
 import timm
 import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from torch.utils.data import DataLoader
 from torchvision.models.detection import FCOS, FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -14,6 +16,7 @@ import shunted_lit
 from shunted_lit.models.detectors import DETECTORS, GroupNorm, build_detector, detect
 from shunted_lit.models.feature_path import FeaturePath
 from shunted_lit.tasks import DetectionTask
+from shunted_lit.utils.slices import Slices
 
 SMALL_NECK = {"depth": 1, "mlp_ratios": 1}
 SMALL_BACKBONE = {"depths": (1, 1, 1, 1), "stem": "patch4"}  # of shunted_t
@@ -286,3 +289,29 @@ def test_wrong_arguments_are_refused(keywords, message):
 def test_positional_settings_are_refused():
     with pytest.raises(TypeError, match="positional"):
         DetectionTask(2, None, "fcos")
+
+
+@pytest.mark.parametrize(
+    ("detector", "options", "slices", "counted"),
+    [
+        ("fcos", {}, None, 100),
+        ("fcos", {"detections_per_img": 127}, None, 127),
+        ("faster_rcnn", {"box_detections_per_img": 110}, None, 110),
+        ("fcos", {}, Slices(8, 0.5), 150),
+    ],
+)
+def test_scores_count_as_many_objects_of_an_image_as_the_detector_reports(detector, options, slices, counted):
+    grid = torch.arange(150)
+    x, y = grid % 15 * 4.0, grid // 15 * 4.0
+    objects = {"boxes": torch.stack([x, y, x + 3, y + 3], 1), "labels": torch.zeros(150, dtype=torch.long)}
+    network = {"backbone": "resnet10t", "neck": None, "pyramid_channels": 64, "min_size": 64, "max_size": 64}
+    task = DetectionTask(1, detector=detector, detector_options=options, **network)
+    # The detector finds every object, with falling scores.
+    task.forward = lambda images: [{**objects, "scores": torch.linspace(1, 0.5, 150)} for _ in images]
+    data = LightningDataModule()
+    loader = DataLoader([(torch.rand(3, 64, 64), objects)], collate_fn=lambda rows: list(zip(*rows, strict=True)))
+    data.val_dataloader = lambda: loader
+    data.slicing, data.annotation = slices, "boxes"
+    (scores,) = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False).validate(task, data, verbose=False)
+    recalls = torch.linspace(0, 1, 101)  # where COCO interpolates the precision, which is 1 up to the recall reached
+    assert scores["val/map"] == pytest.approx((recalls <= counted / 150 + 1e-6).float().mean().item())
