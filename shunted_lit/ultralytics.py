@@ -11,12 +11,13 @@ of the package does not import it and contains no file of Ultralytics: model YAM
 
 import difflib
 import functools
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import URLError
 
 import torch
@@ -45,6 +46,10 @@ from ultralytics.utils import dist  # noqa: E402
 __all__ = ["ShuntedPyramid", "ShuntedTransformer", "insert_neck", "transfer_weights", "write_weights", "write_yaml"]
 
 NECK, ACROSS = "ShuntedTransformer", "ShuntedPyramid"  # names of layers in a model YAML
+LEVEL_HEADS = ("Detect", "v10Detect", "OBB", "Pose", "OBB26", "Pose26")  # heads whose branches are the same per level
+LEVEL = re.compile(r"^(\w*cv\d\w*\.)(\d+)\.")  # start of the name of a tensor that belongs to a level of a head
+FINER_LAYERS = 3  # that a finer level adds
+Recipe = Literal["small_objects"]
 
 
 class ShuntedTransformer(shunted.ShuntedTransformer):
@@ -156,18 +161,23 @@ def explain_errors(problem: str) -> Iterator[None]:
 
 
 def insert_neck(base: str | Path = "yolo26n", after: int | Sequence[int] | None = None,
-                neck: Mapping[str, Any] | None = None) -> dict[str, Any]:  # fmt: skip
+                neck: Mapping[str, Any] | None = None, recipe: Recipe | None = None) -> dict[str, Any]:  # fmt: skip
     """Return the content of a model YAML of the installed Ultralytics with the neck inserted.
 
     Args:
-        base, after, neck: as in `write_yaml`.
+        base, after, neck, recipe: as in `write_yaml`.
 
     Raises:
-        ValueError: The base is unknown. A layer does not exist, is the last one, is named twice, has a neck already,
-            or does not return one map (B, C, H, W). The neck does not accept its keywords or the map's channels.
+        ValueError: The base is unknown, or has no place for the recipe. A layer does not exist, is the last one, is
+            named twice, has a neck already, or does not return one map (B, C, H, W). The neck does not accept its
+            keywords or the map's channels.
     """
     base = str(base)
     content = read_yaml(base)
+    if recipe is not None:
+        content = add_finer_level(base, content)
+        if neck is None and after is None:
+            return finish_yaml(content, {"backbone": content["backbone"], "head": content["head"]})
     layers = all_layers(content)
     given = dict(neck or {})
     if given.get("form") == PYRAMID:
@@ -221,6 +231,13 @@ def insert_pyramid(base: str, content: dict[str, Any], levels: int | Sequence[in
     across = [levels[-1], 1, ACROSS, ["ch", levels, dict(keywords)]]
     last = [*content["head"][:-1], across, *maps, [renumbered, *head]]
     return finish_yaml(content, {"backbone": content["backbone"], "head": last})
+
+
+def has_finer_level(content: Mapping[str, Any]) -> bool:
+    """Return whether `add_finer_level` has changed a model."""
+    *before, (sources, *_) = all_layers(content)
+    kinds = [layer[2] for layer in before[-FINER_LAYERS:-1]]
+    return isinstance(sources, list) and sources[0] == len(before) - 1 and kinds == ["nn.Upsample", "Concat"]
 
 
 def finish_yaml(content: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
@@ -281,25 +298,62 @@ def find_channels(base: str, content: Mapping[str, Any], positions: Sequence[int
     check_neck_keywords(keywords)
     for name in {"cin", "channels", "device", "dtype"} & keywords.keys():
         raise ValueError(f"the neck's `{name}` follows from the layer before it, got {keywords[name]!r}; omit it.")
-    channels = content.get("channels", 3)
-    with explain_errors(f"Ultralytics cannot build {base}"), torch.device("meta"):  # shapes without memory and time
-        layers, _ = tasks.parse_model(deepcopy(content), ch=channels, verbose=False)
-    image = torch.empty(1, channels, 256, 256, device="meta")
-    outputs: list[Any] = []
-    for i, layer in enumerate(layers[: max(positions) + 1].eval()):
-        inputs = [outputs[j] if outputs else image for j in ([layer.f] if isinstance(layer.f, int) else layer.f)]
-        with explain_errors(f"layer {i} of {base}, {layer.type}, cannot run on maps alone"):
-            outputs.append(layer(inputs[0] if isinstance(layer.f, int) else inputs))
+    outputs = run_layers(base, content, max(positions) + 1)
     for i in positions:
         shape = list(outputs[i].shape) if isinstance(outputs[i], Tensor) else type(outputs[i]).__name__
         if len(shape) != 4 or isinstance(shape, str):
-            problem = f"layer {i} of {base}, {layers[i].type}, must return one map (B, C, H, W) for a neck"
+            problem = f"layer {i} of {base}, {all_layers(content)[i][2]}, must return one map (B, C, H, W) for a neck"
             raise ValueError(f"{problem}, got {shape}; choose another layer.")
     return [outputs[i].shape[1] for i in positions]
 
 
+def run_layers(base: str, content: Mapping[str, Any], count: int, side: int = 256) -> list[Any]:
+    """Return the outputs of the first layers of a model, on an image of `side` x `side` pixels, as meta tensors."""
+    channels = content.get("channels", 3)
+    with explain_errors(f"Ultralytics cannot build {base}"), torch.device("meta"):  # shapes without memory and time
+        layers, _ = tasks.parse_model(deepcopy(dict(content)), ch=channels, verbose=False)
+    image = torch.empty(1, channels, side, side, device="meta")
+    outputs: list[Any] = []
+    for i, layer in enumerate(layers[:count].eval()):
+        inputs = [outputs[j] if outputs else image for j in ([layer.f] if isinstance(layer.f, int) else layer.f)]
+        with explain_errors(f"layer {i} of {base}, {layer.type}, cannot run on maps alone"):
+            outputs.append(layer(inputs[0] if isinstance(layer.f, int) else inputs))
+    return outputs
+
+
+def add_finer_level(base: str, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a model YAML whose head also reads a map of half the stride, P2 in most models.
+
+    The new map joins the finest one of the head, upsampled, with the last map of that size in the backbone, by another
+    block of the kind and width that made the finest one. All else stays, and so do the outputs of the other levels.
+
+    Raises:
+        ValueError: The head is no detection head over maps, or the backbone has no such map.
+    """
+    *before, (sources, *head) = all_layers(content)
+    if head[1] not in LEVEL_HEADS or isinstance(sources, int):
+        kinds = ", ".join(LEVEL_HEADS)
+        raise ValueError(f"{base} must end in one of {kinds} for a finer level, got {head[1]}; choose another base.")
+    outputs = run_layers(base, content, len(before))
+    finest = max(sources, key=lambda i: outputs[i].shape[-1])
+    side = 2 * outputs[finest].shape[-1]
+    sides = [out.shape[-1] if isinstance(out, Tensor) and out.dim() == 4 else 0 for out in outputs]
+    joined = max((i for i in range(len(content["backbone"])) if sides[i] == side), default=None)
+    if joined is None or side >= 128:  # of an image of 256 pixels: stride 2 has too many places
+        problem = f"the backbone of {base} must have a map for a level finer than stride {2 * 256 // side}"
+        raise ValueError(f"{problem}, got none of stride 4 or more; choose a base whose finest level has stride 8.")
+    layer = len(before)
+    finer = [
+        [finest, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[layer, joined], 1, "Concat", [1]],
+        [layer + 1, *before[finest][1:]],
+    ]
+    content["head"] = [*content["head"][:-1], *finer, [[layer + 2, *sources], *head]]
+    return content
+
+
 def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None = None, *,
-               neck: dict[str, Any] | None = None) -> None:  # fmt: skip
+               neck: dict[str, Any] | None = None, recipe: Recipe | None = None) -> None:  # fmt: skip
     """Write a model YAML for Ultralytics: one of the installed package with the neck inserted.
 
     Args:
@@ -312,13 +366,15 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
             `identity_start` defaults to true, such that the model starts with the outputs of its base; false builds the
             neck of the reference implementation. With `form: pyramid`, keywords of ShuntedPyramid: one neck across
             the maps that the head reads, or across some of these, named by `after`.
+        recipe: "small_objects" lets the head also read a map of half the stride, P2 in most models. It then has no
+            neck, unless `after` or `neck` is given.
 
     Raises:
         ValueError: As in `insert_neck`; the file exists, or its name implies another scale or model family.
     """
     base, out = str(base), Path(out)
     check_new_file(out, ".yaml")
-    content = insert_neck(base, after, neck)
+    content = insert_neck(base, after, neck, recipe)
     for family in ("-world", "yoloe", "rtdetr"):
         if family in Path(base).stem and family not in out.stem:
             raise ValueError(
@@ -332,7 +388,7 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
         return yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=sys.maxsize).strip()[1:-1]
 
     text = [
-        f"# {base} of Ultralytics {ultralytics.__version__} with the neck of shunted-lit.",
+        f"# {base} of Ultralytics {ultralytics.__version__}, changed by shunted-lit.",
         "# Derived from a file of Ultralytics, AGPL-3.0: https://ultralytics.com/license",
         *(f"{key}: {one_line(value)}" for key, value in content.items() if key not in ("backbone", "head")),
     ]
@@ -341,8 +397,11 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
         text += ["", f"{section}:", *(f"  - {one_line(layer)}  # {i}" for i, layer in layers)]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n".join(text) + "\n", encoding="utf-8")
-    necks = [str(i) for i, layer in enumerate(all_layers(content)) if layer[2] in (NECK, ACROSS)]
-    print(f"{out}: the neck is layer {', '.join(necks)}")
+    *before, (sources, *_) = all_layers(content)
+    necks = [str(i) for i, layer in enumerate(before) if layer[2] in (NECK, ACROSS)]
+    changes = [f"the head also reads layer {sources[0]}"] if recipe else []
+    changes += [f"the neck is layer {', '.join(necks)}"] if necks else []
+    print(f"{out}: {'; '.join(changes)}")
 
 
 def is_neck(layer: nn.Module) -> bool:
@@ -352,11 +411,12 @@ def is_neck(layer: nn.Module) -> bool:
 
 
 def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
-    """Load the weights of a detector without necks into the same detector with necks, whose layers are renumbered.
+    """Load the weights of a detector into the same detector with necks or a finer level, whose layers are renumbered.
 
     Args:
-        model: detector with necks, an Ultralytics DetectionModel (or that of another task): `YOLO(...).model`.
-        base: the same detector without necks. Its head, the last layer, may have other classes and is loaded in part.
+        model: detector with necks or a finer level, an Ultralytics DetectionModel (or that of another task):
+            `YOLO(...).model`.
+        base: the same detector without. Its head, the last layer, may have other classes and is loaded in part.
 
     Returns:
         The number of tensors that were loaded, and the number of tensors of the base.
@@ -366,15 +426,23 @@ def transfer_weights(model: Any, base: Any) -> tuple[int, int]:
     """
     if any(map(is_neck, base.model)):
         raise ValueError("the base must have no neck; a model with a neck can be trained as it is.")
-    layers = [layer for layer in model.model if not is_neck(layer)]
-    if len(layers) != len(base.model):
-        raise ValueError(f"the base must have the model's {len(layers)} layers without necks, got {len(base.model)}.")
-    states = [(layer.state_dict(), other.state_dict()) for layer, other in zip(layers, base.model, strict=True)]
+    *layers, head = [layer for layer in model.model if not is_neck(layer)]
+    levels = getattr(head, "nl", 0) - getattr(base.model[-1], "nl", 0)
+    if levels > 0:
+        layers = layers[: -FINER_LAYERS * levels]
+    if len(layers) + 1 != len(base.model):
+        raise ValueError(
+            f"the base must have the model's {len(layers) + 1} layers without necks, got {len(base.model)}."
+        )
+    states = [(own.state_dict(), given.state_dict()) for own, given in zip([*layers, head], base.model, strict=True)]
+    if levels > 0:
+        own, given = states[-1]
+        states[-1] = own, {LEVEL.sub(lambda m: f"{m[1]}{int(m[2]) + levels}.", name): x for name, x in given.items()}
     for i, (own, given) in enumerate(states[:-1]):
         if mismatch := weights.describe_mismatch(own, given):
             raise ValueError(f"the base is another model; the weights of its layer {i} do not fit: {mismatch}")
     loaded = total = 0
-    for layer, (own, given) in zip(layers, states, strict=True):
+    for layer, (own, given) in zip([*layers, head], states, strict=True):
         fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
         layer.load_state_dict(fitting, strict=False)
         loaded, total = loaded + len(fitting), total + len(given)
@@ -385,7 +453,8 @@ def take_head(model: Any, base: Any) -> None:
     """Move the head of the base, and tensors such as class embeddings, into a model with necks."""
     # A new head may differ: a fine-tuned one keeps the width that it had for the classes before fine-tuning.
     own, head = model.model[-1], base.model[-1]
-    if type(own) is type(head):  # `transfer_weights` loads what fits of any other head
+    same_levels = getattr(own, "nl", 0) == getattr(head, "nl", 0)
+    if type(own) is type(head) and same_levels:  # `transfer_weights` loads what fits of any other head
         head.i, head.f = own.i, own.f
         model.model[-1] = head
         vars(model).update({name: value for name, value in vars(base).items() if isinstance(value, Tensor)})
@@ -397,7 +466,7 @@ def write_weights(model: str | Path, out: str | Path, *, base: str | Path | None
     """Write a checkpoint to fine-tune: a model YAML with the weights of its base, of a trained neck, or of both.
 
     Args:
-        model: the model YAML with the neck, as written by `shunted-lit yolo yaml`.
+        model: the model YAML, as written by `shunted-lit yolo yaml`.
         out: file to write, such as yolo26s-shunted.pt; must not exist.
         base: checkpoint of the same model without the neck, such as yolo26s.pt, which Ultralytics downloads. The number
             of classes and their names are those of this checkpoint.
@@ -416,7 +485,7 @@ def write_weights(model: str | Path, out: str | Path, *, base: str | Path | None
     if neck is None and (layer is not None or level is not None):
         raise ValueError("`layer` and `level` apply to a trained neck; name its checkpoint with --neck.")
     content = read_yaml(str(model))
-    if all(module not in (NECK, ACROSS) for _, _, module, _ in all_layers(content)):
+    if all(layer[2] not in (NECK, ACROSS) for layer in all_layers(content)) and (neck or not has_finer_level(content)):
         raise ValueError(f"{model} must have a neck, got none; write a model YAML with `shunted-lit yolo yaml`.")
     yolo = load_model(model)
     if base is not None:

@@ -162,6 +162,75 @@ def test_other_forms_start_with_the_outputs_of_the_base_and_change_them(neck, ba
             before = after
 
 
+def run_branches(model, x):
+    """Return the output of each branch of a detection head, by the branch's name and its level."""
+    outputs, hooks = {}, []
+    for name, branches in model.model[-1].named_children():
+        if isinstance(branches, nn.ModuleList) and "cv" in name:
+            for level, branch in enumerate(branches):
+                key = name, level
+                hooks.append(branch.register_forward_hook(lambda _, __, out, key=key: outputs.update({key: out})))
+    predict(model, x)
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+@pytest.mark.parametrize("name", [NANO, "yolov10n", "yolov8n-obb", f"{NANO}-pose", "yolov3-tiny"])
+def test_a_finer_level_leaves_the_outputs_of_the_others(name, capsys):
+    base = YOLO(f"{name}.yaml")
+    randomize_statistics(base.model)
+    base.model.names = {i: f"thing {i}" for i in range(len(base.model.names))}
+    base.save("base.pt")
+    main(["yolo", "yaml", "--base", name, "--recipe", "small_objects", "--out", f"{name}-small.yaml"])
+    assert f"{name}-small.yaml: the head also reads layer" in capsys.readouterr().out
+    main(["yolo", "weights", "--model", f"{name}-small.yaml", "--base", "base.pt", "--out", "small.pt"])
+    x = torch.rand(1, 3, 64, 96)
+    base, model = YOLO("base.pt").model.float(), YOLO("small.pt").model.float()
+    assert model.names == base.names
+    assert model.stride.tolist() == [base.stride.min() / 2, *base.stride.tolist()][-len(model.stride) :]
+    expected, outputs = run_branches(base, x), run_branches(model, x)
+    assert expected
+    for (branch, level), output in expected.items():
+        torch.testing.assert_close(outputs[branch, level + 1], output, rtol=1e-4, atol=1e-4)
+    finest = {out.shape[-2:] for (_, level), out in outputs.items() if level == 0}
+    assert finest == {(64 // int(model.stride[0]), 96 // int(model.stride[0]))}
+
+
+def test_a_finer_level_takes_necks():
+    adapter.write_yaml(NANO, f"{NANO}-small.yaml", recipe="small_objects")
+    adapter.write_yaml(NANO, f"{NANO}-light.yaml", 25, neck={"form": "light"}, recipe="small_objects")
+    adapter.write_yaml(NANO, f"{NANO}-pyramid.yaml", neck={"form": "pyramid"}, recipe="small_objects")
+    base = randomize_statistics(YOLO(f"{NANO}-small.yaml").model)
+    x = torch.rand(1, 3, 64, 64)
+    for form in ("light", "pyramid"):
+        model = YOLO(f"{NANO}-{form}.yaml").model
+        assert adapter.transfer_weights(model, base) == (len(base.state_dict()),) * 2
+        assert_same_outputs(model, base)
+        before = predict(model, x)
+        projections = [p for name, p in model.named_parameters() if ".out_proj." in name and p.ndim == 4]
+        assert len(projections) == (1 if form == "light" else 4)
+        for projection in projections:
+            nn.init.dirac_(projection)
+        assert not torch.equal(predict(model, x), before)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (f"{NANO}-cls", "must end in one of Detect, .* got Classify; choose another base"),
+        (f"{NANO}-seg", "must end in one of Detect, .* got Segment"),
+        ("yolov8n-p2", "must have a map for a level finer than stride 4, got none .* stride 8"),
+        ("small.yaml", "must have a map for a level finer than stride 4, got none .* stride 8"),
+    ],
+)
+def test_base_without_place_for_a_finer_level_raises(base, message):
+    adapter.write_yaml(NANO, "small.yaml", recipe="small_objects")
+    with pytest.raises(ValueError, match=message):
+        adapter.write_yaml(base, "out.yaml", recipe="small_objects")
+    assert not Path("out.yaml").exists()
+
+
 def test_the_neck_across_levels_has_the_channels_of_each_scale():
     for scale in "nsx":
         adapter.write_yaml(f"{FAMILIES[0]}{scale}", Path(f"{scale}.yaml"), neck={"form": "pyramid"})
@@ -457,7 +526,7 @@ def mismatched(tmp_path_factory, with_neck):
     shutil.copy(with_neck / "neck.yaml", folder)
     (folder / "bare.yaml").write_text(yaml.safe_dump(tasks.yaml_model_load(f"{NANO}.yaml")))
     other = "yolov9t" if NANO == "yolo11n" else "yolo11n"
-    for name, model in {"other": other, "shallow": "yolov3-tiny", "segment": f"{NANO}-seg"}.items():
+    for name, model in {"other": other, "shallow": "yolov8n", "segment": f"{NANO}-seg"}.items():
         YOLO(f"{model}.yaml").save(folder / f"{name}.pt")
     return folder
 
@@ -468,7 +537,7 @@ def mismatched(tmp_path_factory, with_neck):
         ({}, "weights must come from --base, --neck, or both, got neither"),
         ({"base": "none.pt"}, "none.pt is not a readable checkpoint of Ultralytics"),
         ({"base": "other.pt"}, "other.pt does not fit neck.yaml: the base (is another model|must have)"),
-        ({"base": "shallow.pt"}, "the base must have the model's 2[34] layers without necks, got 21"),
+        ({"base": "shallow.pt"}, "the base must have the model's 2[34] layers without necks, got 23"),
         ({"base": "segment.pt"}, "segment.pt must be for the task of neck.yaml, 'detect', got 'segment'"),
         ({"base": "neck.yaml"}, "neck.yaml is not a readable checkpoint"),
         ({"base": "{base}", "model": Path("bare.yaml")}, "bare.yaml must have a neck, got none; .*yolo yaml"),

@@ -183,13 +183,13 @@ def test_each_task_trains_predicts_and_exports_with_the_neck(name, tmp_path):
     train_predict_and_export(name, SMALL, tmp_path)
 
 
-@pytest.mark.parametrize("form", ["light", "pyramid"])
-def test_each_form_of_the_neck_trains_predicts_and_exports(form, tmp_path):
-    train_predict_and_export(NANO, {"form": form}, tmp_path)
+@pytest.mark.parametrize(("form", "recipe"), [("light", None), ("pyramid", None), ("light", "small_objects")])
+def test_each_form_of_the_neck_trains_predicts_and_exports(form, recipe, tmp_path):
+    train_predict_and_export(NANO, {"form": form}, tmp_path, recipe)
 
 
-def train_predict_and_export(name, neck, tmp_path):
-    adapter.write_yaml(name, Path(f"{name}-shunted.yaml"), neck=neck)
+def train_predict_and_export(name, neck, tmp_path, recipe=None):
+    adapter.write_yaml(name, Path(f"{name}-shunted.yaml"), neck=neck, recipe=recipe)
     yolo = YOLO(f"{name}-shunted.yaml")
     data = write_task_data(tmp_path / "data", yolo.task)
     yolo.train(data=data, epochs=1, imgsz=64, batch=4, workers=0, plots=False, device="cpu", project=str(tmp_path))
