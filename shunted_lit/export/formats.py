@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from shunted_lit.data.shapes import SceneOptions, ShapesDataset
-from shunted_lit.export.targets import TOLERANCE, ExportTarget, Outputs
+from shunted_lit.export.targets import TOLERANCE, ExportTarget, Outputs, Runner
+from shunted_lit.export.wrappers import fold_residuals
 
 log = logging.getLogger(__name__)
-
-Runner = Callable[[Tensor], Outputs]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,11 @@ def write_onnx(program: ExportedProgram, path: Path, target: ExportTarget) -> No
 def load_onnx(path: Path, precision: str = "float32") -> Runner:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return run_session(onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]))
+
+
+def run_session(session: Any) -> Runner:
+    """Return a function that runs an InferenceSession of ONNX Runtime."""
     (argument,) = session.get_inputs()
     return lambda x: [torch.from_numpy(out) for out in session.run(None, {argument.name: x.numpy()})]
 
@@ -102,7 +105,11 @@ def openvino_core() -> Any:
 
 def load_openvino(path: Path, precision: str = "float32") -> Runner:
     hint = {"float32": "f32", "bfloat16": "bf16"}[precision]  # the default is bfloat16 on CPUs that support it
-    model = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint})
+    return run_compiled(openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": hint}))
+
+
+def run_compiled(model: Any) -> Runner:
+    """Return a function that runs a CompiledModel of OpenVINO."""
     return lambda x: [torch.from_numpy(out.copy()) for out in model(x.numpy()).values()]
 
 
@@ -120,7 +127,8 @@ def check_runtime(format: str) -> None:
         raise ValueError(f"{format} needs {', '.join(missing)}: pip install 'shunted-lit[export]'")
 
 
-def export_verified(target: ExportTarget, format: str, out: Path, fixed: Mapping[str, int | None]) -> float:
+def export_verified(target: ExportTarget, format: str, out: Path, fixed: Mapping[str, int | None],
+                    finish: Callable[[Path], Any] | None = None) -> float:  # fmt: skip
     """Export a network, run the file at three sizes, and move it to `out` if its outputs equal PyTorch's.
 
     Args:
@@ -128,9 +136,11 @@ def export_verified(target: ExportTarget, format: str, out: Path, fixed: Mapping
         format: one of `FORMATS`.
         out: the file to write.
         fixed: "batch", "height" and "width" of the only accepted input; None keeps a dimension dynamic.
+        finish: changes the verified file, or raises an error, before it is moved to `out`; the changed file must run at
+            the three sizes, too.
 
     Returns:
-        The largest difference from PyTorch.
+        The largest difference from PyTorch, before `finish`.
 
     Raises:
         ValueError: the difference exceeds `TOLERANCE`, or a dimension cannot be dynamic; no file is written.
@@ -150,7 +160,8 @@ def export_verified(target: ExportTarget, format: str, out: Path, fixed: Mapping
             errors += [compare(outputs[:3], target.reference(x)) for x, outputs in zip(inputs, expected, strict=True)]
         if "scores" in target.outputs and not any((outputs[2] > 0).any() for outputs in expected):
             log.warning("The detector found no object in the check images, so empty results were compared.")
-        program = torch.export.export(target.network, (example,), dynamic_shapes=(dynamic,), strict=False)
+        network = fold_residuals(target.network)
+        program = torch.export.export(network, (example,), dynamic_shapes=(dynamic,), strict=False)
         path = Path(folder) / out.name
         kind.write(program, path, target)
         run = kind.load(path, "float32")
@@ -160,6 +171,13 @@ def export_verified(target: ExportTarget, format: str, out: Path, fixed: Mapping
                 f"{out} is not written: its outputs may differ from PyTorch's by at most {TOLERANCE:g}, "
                 f"got {max(errors):.1e}; try another format."
             )
+        if finish is not None:
+            finish(path)
+            run = kind.load(path, "float32")
+            for x, outputs in zip(inputs, expected, strict=True):
+                actual, wanted = ([list(out.shape) for out in tensors] for tensors in (run(x), outputs))
+                if actual != wanted:
+                    raise ValueError(f"{out} is not written: its outputs must have the shapes {wanted}, got {actual}.")
         for suffix in kind.suffixes:
             path.with_suffix(suffix).replace(out.with_suffix(suffix))
     return max(errors)

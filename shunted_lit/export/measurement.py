@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shunted_lit.export.formats import FORMATS
 from shunted_lit.export.targets import ExportTarget
+from shunted_lit.export.wrappers import fold_residuals
 from shunted_lit.models.feature_path import check_model_name
 from shunted_lit.models.plain_neck import PlainNeck
 from shunted_lit.models.pyramid import ShuntedPyramid
@@ -162,7 +163,7 @@ class Candidate:
         format = FORMATS[self.backend]
         path = Path(tempfile.mkdtemp(dir=folder)) / f"model{format.suffixes[0]}"
         with torch.no_grad():
-            program = torch.export.export(model, (x,), strict=False)
+            program = torch.export.export(fold_residuals(model), (x,), strict=False)
         format.write(program, path, ExportTarget(model, x.shape[1]))
         run = format.load(path, self.precision)
         return lambda: run(x)

@@ -4,7 +4,12 @@ import copy
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from shunted_lit.models import ops
+from shunted_lit.models.ops import Size
+from shunted_lit.models.shunted import DetailSpecificFeedForward
 
 
 class NormalizedInput(nn.Module):
@@ -51,4 +56,26 @@ def replace_adaptive_pooling(network: nn.Module) -> nn.Module:
         for name, child in module.named_children():
             if isinstance(child, nn.AdaptiveAvgPool2d) and isinstance(child.output_size, int):
                 setattr(module, name, DynamicAvgPool2d(child.output_size))
+    return network
+
+
+class FoldedFeedForward(DetailSpecificFeedForward):
+    """The feed-forward layer with its residual folded into the depthwise kernels: fc2(GELU(depthwise3x3(h)))."""
+
+    def add_detail_and_project(self, h: Tensor, size: Size) -> Tensor:
+        return self.fc2(F.gelu(ops.to_tokens(self.dwconv(ops.to_image(h, size)))))
+
+
+def fold_residuals(network: nn.Module) -> nn.Module:
+    """Return a copy of a network in eval mode whose convolutions all have constant weights.
+
+    The feed-forward layer adds its residual to the kernels as it runs. Exported, that is a sum in front of each
+    convolution, which quantizers and converters reject: they expect a constant.
+    """
+    network = copy.deepcopy(network)
+    with torch.no_grad():
+        for module in network.modules():
+            if type(module) is DetailSpecificFeedForward:
+                module.dwconv.weight[:, :, 1, 1] += 1
+                module.__class__ = FoldedFeedForward
     return network

@@ -117,7 +117,7 @@ class Segmenter(nn.Module):
 
 
 def segment(
-    segmenter: nn.Module,
+    segmenter: Callable[[Tensor], Tensor],
     image: Tensor,
     *,
     short_side: int | None = None,
@@ -150,7 +150,7 @@ def segment(
     return logits[0]
 
 
-def segment_windows(segmenter: nn.Module, x: Tensor, window: int, stride: int) -> Tensor:
+def segment_windows(segmenter: Callable[[Tensor], Tensor], x: Tensor, window: int, stride: int) -> Tensor:
     """Return logits (1, num_classes, H, W) of an image (1, 3, H, W), averaged over overlapping windows."""
     H, W = x.shape[-2:]
     total: Any = None
