@@ -49,7 +49,7 @@ NECK, ACROSS = "ShuntedTransformer", "ShuntedPyramid"  # names of layers in a mo
 LEVEL_HEADS = ("Detect", "v10Detect", "OBB", "Pose", "OBB26", "Pose26")  # heads whose branches are the same per level
 LEVEL = re.compile(r"^(\w*cv\d\w*\.)(\d+)\.")  # start of the name of a tensor that belongs to a level of a head
 FINER_LAYERS = 3  # that a finer level adds
-Recipe = Literal["small_objects"]
+Recipe = Literal["finer_level"]
 
 
 class ShuntedTransformer(shunted.ShuntedTransformer):
@@ -366,7 +366,7 @@ def write_yaml(base: str | Path, out: str | Path, after: int | list[int] | None 
             `identity_start` defaults to true, such that the model starts with the outputs of its base; false builds the
             neck of the reference implementation. With `form: pyramid`, keywords of ShuntedPyramid: one neck across
             the maps that the head reads, or across some of these, named by `after`.
-        recipe: "small_objects" lets the head also read a map of half the stride, P2 in most models. It then has no
+        recipe: "finer_level" lets the head also read a map of half the stride, P2 in most models. It then has no
             neck, unless `after` or `neck` is given.
 
     Raises:

@@ -182,7 +182,7 @@ def test_a_finer_level_leaves_the_outputs_of_the_others(name, capsys):
     randomize_statistics(base.model)
     base.model.names = {i: f"thing {i}" for i in range(len(base.model.names))}
     base.save("base.pt")
-    main(["yolo", "yaml", "--base", name, "--recipe", "small_objects", "--out", f"{name}-small.yaml"])
+    main(["yolo", "yaml", "--base", name, "--recipe", "finer_level", "--out", f"{name}-small.yaml"])
     assert f"{name}-small.yaml: the head also reads layer" in capsys.readouterr().out
     main(["yolo", "weights", "--model", f"{name}-small.yaml", "--base", "base.pt", "--out", "small.pt"])
     x = torch.rand(1, 3, 64, 96)
@@ -198,9 +198,9 @@ def test_a_finer_level_leaves_the_outputs_of_the_others(name, capsys):
 
 
 def test_a_finer_level_takes_necks():
-    adapter.write_yaml(NANO, f"{NANO}-small.yaml", recipe="small_objects")
-    adapter.write_yaml(NANO, f"{NANO}-light.yaml", 25, neck={"form": "light"}, recipe="small_objects")
-    adapter.write_yaml(NANO, f"{NANO}-pyramid.yaml", neck={"form": "pyramid"}, recipe="small_objects")
+    adapter.write_yaml(NANO, f"{NANO}-small.yaml", recipe="finer_level")
+    adapter.write_yaml(NANO, f"{NANO}-light.yaml", 25, neck={"form": "light"}, recipe="finer_level")
+    adapter.write_yaml(NANO, f"{NANO}-pyramid.yaml", neck={"form": "pyramid"}, recipe="finer_level")
     base = randomize_statistics(YOLO(f"{NANO}-small.yaml").model)
     x = torch.rand(1, 3, 64, 64)
     for form in ("light", "pyramid"):
@@ -225,9 +225,9 @@ def test_a_finer_level_takes_necks():
     ],
 )
 def test_base_without_place_for_a_finer_level_raises(base, message):
-    adapter.write_yaml(NANO, "small.yaml", recipe="small_objects")
+    adapter.write_yaml(NANO, "small.yaml", recipe="finer_level")
     with pytest.raises(ValueError, match=message):
-        adapter.write_yaml(base, "out.yaml", recipe="small_objects")
+        adapter.write_yaml(base, "out.yaml", recipe="finer_level")
     assert not Path("out.yaml").exists()
 
 

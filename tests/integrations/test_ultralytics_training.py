@@ -183,7 +183,7 @@ def test_each_task_trains_predicts_and_exports_with_the_neck(name, tmp_path):
     train_predict_and_export(name, SMALL, tmp_path)
 
 
-@pytest.mark.parametrize(("form", "recipe"), [("light", None), ("pyramid", None), ("light", "small_objects")])
+@pytest.mark.parametrize(("form", "recipe"), [("light", None), ("pyramid", None), ("light", "finer_level")])
 def test_each_form_of_the_neck_trains_predicts_and_exports(form, recipe, tmp_path):
     train_predict_and_export(NANO, {"form": form}, tmp_path, recipe)
 
