@@ -67,6 +67,8 @@ def choose_annotation(target: ExportTarget, data: Any) -> None:
     """Let a data module provide what the target's task is scored by; raise ValueError where it cannot."""
     if target.task is None:
         raise ValueError("`data` scores the task of a checkpoint, but this source has none; leave it out.")
+    if getattr(data, "slicing", None) is not None:
+        raise ValueError("`data.slices` must be null for export: the exported network takes whole images.")
     if target.task.annotation in getattr(data, "offers", ()):
         data.choose_annotation(target.task.annotation)
     target.task.check_data(data)

@@ -251,3 +251,7 @@ def test_data_must_fit_the_task():
     words = ["--calibration=images", "--data=ImageFolderDataModule", "--data.root=labelled"]
     with pytest.raises(ValueError, match="DetectionTask learns from boxes, but ImageFolderDataModule has class"):
         main(["export", "best.ckpt", "--format=onnx", "--quantize=int8", *words])
+    main(["scenes", "scenes", "--train=2", "--val=2", "--size=64"])
+    words = ["--calibration=images", "--data=YoloDataModule", "--data.data=scenes/data.yaml", "--data.slices=32"]
+    with pytest.raises(ValueError, match=r"`data.slices` must be null for export: the exported network takes whole"):
+        main(["export", "best.ckpt", "--format=onnx", "--quantize=int8", *words])
