@@ -29,7 +29,7 @@ class QuantizationReport:
     """What int8 changes.
 
     Attributes:
-        change: how the outputs on calibration inputs differ from those of the float32 file, in words.
+        change: how outputs on calibration inputs differ between float32 and int8, in words.
         score: name of the score that `before` and `after` are; "" where no labelled data were given.
         before, after: score of the float32 and of the int8 file, in 0..1.
         kept: layers that stay in float32.
